@@ -19,9 +19,9 @@ is_ready && exit 0
 tried=""
 works() { # a real interpreter, new enough, that can make environments
   local answer
-  answer="$("$1" -c 'import sys, ensurepip, venv; print(sys.version_info >= (3, 12))' 2>&1 | tail -n 1)" || true
+  answer="$("$1" -c 'import sys, ensurepip, venv; print("ok" if sys.version_info >= (3, 12) else "too old:", sys.version.split()[0])' 2>&1 | grep -m 1 .)" || true
   tried+="  $1: ${answer:-no answer}"$'\n'
-  [ "$answer" = True ]
+  [ "${answer%% *}" = ok ]
 }
 find_python() {
   local candidate
@@ -46,7 +46,7 @@ echo "bootstrap: $("$base" --version) at $base -> $env_dir (torch is several GB;
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || "$base" -m venv --clear "$env_dir"
 uv="$(command -v uv || true)"
 if [ -z "$uv" ]; then
-  "$python" -m pip install --quiet --disable-pip-version-check --constraint ci/constraints.txt uv
+  "$python" -m pip install -qq --disable-pip-version-check --constraint ci/constraints.txt uv
   uv="$env_dir/bin/uv"
 fi
 "$uv" pip install --quiet --python "$python" --constraint ci/constraints.txt --editable '.[dev]'
