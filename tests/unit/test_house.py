@@ -32,7 +32,7 @@ def _name(path: Path) -> str:
 
 
 def _room(module: str) -> str:
-    return (module.split(".") + ["", ""])[1]
+    return module.split(".")[1] if "." in module else ""
 
 
 def _imports(tree: ast.AST) -> set[str]:
@@ -110,6 +110,9 @@ TORCH_FREE = ["nemo_opt", *(f"nemo_opt.{m}" for m in ("errors", "parallel", "lau
 
 
 def test_light_modules_load_no_torch():
-    code = f"import sys\nfor m in {TORCH_FREE!r}:\n    __import__(m)\nsys.exit(', '.join(m for m in ('torch', 'megatron', 'modelopt') if m in sys.modules))"
+    code = (
+        f"import sys\nfor m in {TORCH_FREE!r}:\n    __import__(m)\n"
+        "sys.exit(', '.join(m for m in ('torch', 'megatron', 'modelopt') if m in sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.returncode == 0, done.stderr
