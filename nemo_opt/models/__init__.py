@@ -1,1 +1,31 @@
 """Llama presets, building a GPTModel on any topology, and Hugging Face in and out."""
+
+from typing import TYPE_CHECKING
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "build": ["build_model", "check_vocabulary", "model_config_of", "spec_of", "transformer_config", "unwrap"],
+        "config": ["ModelConfig", "RopeScaling", "preset"],
+        "init": ["seeded_init"],
+        "shards": ["Shard", "full_tensors", "gather_full", "parameter_shards"],
+    },
+)
+
+if TYPE_CHECKING:
+    from nemo_opt.models.build import build_model as build_model
+    from nemo_opt.models.build import check_vocabulary as check_vocabulary
+    from nemo_opt.models.build import model_config_of as model_config_of
+    from nemo_opt.models.build import spec_of as spec_of
+    from nemo_opt.models.build import transformer_config as transformer_config
+    from nemo_opt.models.build import unwrap as unwrap
+    from nemo_opt.models.config import ModelConfig as ModelConfig
+    from nemo_opt.models.config import RopeScaling as RopeScaling
+    from nemo_opt.models.config import preset as preset
+    from nemo_opt.models.init import seeded_init as seeded_init
+    from nemo_opt.models.shards import Shard as Shard
+    from nemo_opt.models.shards import full_tensors as full_tensors
+    from nemo_opt.models.shards import gather_full as gather_full
+    from nemo_opt.models.shards import parameter_shards as parameter_shards

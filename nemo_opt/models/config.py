@@ -70,7 +70,9 @@ class ModelConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
         if self.num_attention_heads % self.num_query_groups:
-            raise ConfigError(f"num_attention_heads {self.num_attention_heads} % num_query_groups {self.num_query_groups} != 0: choose groups that divide the heads")
+            raise ConfigError(
+                f"num_attention_heads {self.num_attention_heads} % num_query_groups {self.num_query_groups} != 0: choose groups that divide the heads"
+            )
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
             raise ConfigError(f"hidden_size {self.hidden_size} % num_attention_heads {self.num_attention_heads} != 0: set kv_channels")
         if self.num_moe_experts is not None and not 1 <= self.moe_router_topk <= self.num_moe_experts:
@@ -111,7 +113,8 @@ class ModelConfig:
 
 PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(
-        num_layers=4, hidden_size=128, ffn_hidden_size=256, num_attention_heads=8, num_query_groups=4, vocab_size=2048, max_position_embeddings=512
+        num_layers=4, hidden_size=128, ffn_hidden_size=256, num_attention_heads=8, num_query_groups=4, vocab_size=2048,
+        max_position_embeddings=512,
     ),
     "68m": ModelConfig(num_layers=2, hidden_size=768, ffn_hidden_size=3072, num_attention_heads=12, num_query_groups=12, vocab_size=32000),
     "llama3.2-1b": ModelConfig(

@@ -1,0 +1,368 @@
+"""Builds a Llama as Megatron-Core's GPTModel on any topology, and reads the sizes back from a built (perhaps pruned) one.
+
+Decisions:
+- GPTModel, although Megatron-Core announces HybridModel as its heir: ModelOpt 0.47 prunes, distils and exports GPTModel.
+- Weights are made by `seeded_init`, never by Megatron-Core, whose weights depend on the layout; modules allocate uninitialised memory.
+- The vocabulary is padded to `VOCAB_MULTIPLE` whatever TP is, so that a checkpoint fits every layout.
+- One layer spec for all layers; norms of the local spec are torch's, those of the TE spec are Transformer Engine's (or its reference).
+"""
+
+import dataclasses
+import logging
+from typing import Any, Literal
+
+import nemo_opt._stack
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.extensions.transformer_engine import HAVE_TE, TENorm
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from nemo_opt.device import choose_device, default_spec, local_device
+from nemo_opt.errors import ConfigError
+from nemo_opt.models.config import ModelConfig, RopeScaling
+from nemo_opt.models.init import seeded_init
+from nemo_opt.parallel import Topology
+
+__all__ = ["Spec", "build_model", "check_vocabulary", "model_config_of", "spec_of", "transformer_config", "unwrap"]
+
+Spec = Literal["te", "local"]
+"""Which modules a layer is made of: Transformer Engine's (or its reference on CPU), or Megatron-Core's own."""
+
+_CONFIG_ATTRIBUTE = "nemo_opt_config"
+
+
+def build_model(
+    config: ModelConfig,
+    topology: Topology,
+    *,
+    spec: Spec | None = None,
+    dtype: torch.dtype | None = None,
+    seed: int | None = 1234,
+    **transformer_overrides: Any,
+) -> list[GPTModel]:
+    """The chunks of the model that this rank holds, in training mode; one per virtual pipeline stage. Call it on every rank.
+
+    Args:
+        config: Sizes of the model.
+        topology: The layout; model parallel state must have been initialised for it.
+        spec: Layer spec; None takes the device's default.
+        dtype: Of weights and pipeline messages; None takes the device's.
+        seed: Of `seeded_init`. None leaves weights uninitialised, for callers that load them at once.
+        transformer_overrides: Fields of Megatron-Core's TransformerConfig.
+
+    Raises:
+        ConfigError: The model does not fit the topology or the spec.
+
+    """
+    spec = spec or default_spec()
+    _check_initialised(topology)
+    mcore_config = transformer_config(config, topology, spec=spec, dtype=dtype, **transformer_overrides)
+    chunks = [_build_chunk(config, mcore_config, spec, vp_stage if topology.vp > 1 else None) for vp_stage in range(topology.vp)]
+    if seed is not None:
+        seeded_init(chunks, seed)
+    return chunks
+
+
+def transformer_config(
+    config: ModelConfig,
+    topology: Topology,
+    *,
+    spec: Spec | None = None,
+    dtype: torch.dtype | None = None,
+    **overrides: Any,
+) -> TransformerConfig:
+    """Megatron-Core's configuration of `config` at `topology`.
+
+    Raises:
+        ConfigError: Sizes do not divide as the topology needs, or the spec cannot do what it asks.
+
+    """
+    spec = spec or default_spec()
+    device = choose_device()
+    dtype = dtype or device.dtype
+    _check_fit(config, topology, spec)
+    on_gpu = device.type == "cuda"
+    settings: dict[str, Any] = {
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.ffn_hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_query_groups": config.num_query_groups,
+        "kv_channels": config.head_dim,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": config.norm_epsilon,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "init_method_std": config.init_method_std,
+        "perform_initialization": False,
+        "use_cpu_initialization": False,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "gradient_accumulation_fusion": False,
+        # torch.compile'd elementwise chains: they pay on GPUs only, and compiling needs a toolchain
+        "bias_activation_fusion": on_gpu,
+        "bias_dropout_fusion": on_gpu,
+        # these two need kernels of Megatron-LM and of the real Transformer Engine
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": on_gpu and spec == "te",
+        "tensor_model_parallel_size": topology.tp,
+        "pipeline_model_parallel_size": topology.pp,
+        "virtual_pipeline_model_parallel_size": topology.vp if topology.vp > 1 else None,
+        "context_parallel_size": topology.cp,
+        "expert_model_parallel_size": topology.ep,
+        "sequence_parallel": topology.sp and topology.tp > 1,
+        "num_layers_in_first_pipeline_stage": topology.first_stage_layers,
+        "num_layers_in_last_pipeline_stage": topology.last_stage_layers,
+        "transformer_impl": "transformer_engine" if spec == "te" else "local",
+    }
+    if config.num_moe_experts is not None:
+        settings |= _moe_settings(config, spec)
+    return TransformerConfig(**(settings | overrides))
+
+
+def unwrap(model: Any) -> GPTModel:
+    """The GPTModel inside DDP, Float16Module and a list of one chunk.
+
+    Raises:
+        ConfigError: There are several chunks, or no GPTModel inside.
+
+    """
+    if isinstance(model, list | tuple):
+        if len(model) != 1:
+            raise ConfigError(f"expected one model chunk, got {len(model)}: choose a chunk, or use vp=1")
+        model = model[0]
+    while not isinstance(model, GPTModel):
+        if not hasattr(model, "module"):
+            raise ConfigError(f"no GPTModel inside {type(model).__name__}")
+        model = model.module
+    return model
+
+
+def model_config_of(model: Any) -> ModelConfig:
+    """The true sizes of a built model, from the shapes of its weights: after pruning they differ from what it was built with.
+
+    Args:
+        model: A GPTModel or a wrapper of one (see `unwrap`). Any chunk that has a layer will do; only the number of layers is
+            taken from its config, since a chunk does not see them all.
+
+    """
+    gpt_model = unwrap(model)
+    sizes = _sizes_from_weights(gpt_model)
+    known: ModelConfig | None = getattr(gpt_model, _CONFIG_ATTRIBUTE, None)
+    if known is not None:
+        return known.with_(**sizes)
+    # Built elsewhere: GPTModel keeps all but the tokenizer's vocabulary and the parameters of RoPE scaling, whose defaults are Llama 3.1's.
+    if sizes.get("vocab_size") is None:
+        sizes["vocab_size"] = gpt_model.vocab_size
+    return ModelConfig(
+        max_position_embeddings=gpt_model.max_sequence_length,
+        rotary_base=float(gpt_model.rotary_base),
+        rope_scaling=RopeScaling() if gpt_model.rotary_scaling else None,
+        norm_epsilon=gpt_model.config.layernorm_epsilon,
+        tie_embeddings=gpt_model.share_embeddings_and_output_weights,
+        init_method_std=gpt_model.config.init_method_std,
+        num_moe_experts=gpt_model.config.num_moe_experts,
+        moe_router_topk=gpt_model.config.moe_router_topk,
+        **sizes,
+    )
+
+
+def spec_of(model: Any) -> Spec:
+    """The layer spec that a model was built with."""
+    return "te" if unwrap(model).config.transformer_impl == "transformer_engine" else "local"
+
+
+def check_vocabulary(config: ModelConfig, tokenizer_vocab_size: int, *, allow_unused_rows: bool = False) -> None:
+    """Refuses a tokenizer that does not belong to the model.
+
+    Args:
+        config: The model's sizes.
+        tokenizer_vocab_size: Number of tokens, added ones included.
+        allow_unused_rows: Accept embeddings with more rows than there are tokens, as some published models have.
+
+    Raises:
+        ConfigError: Names both sizes.
+
+    """
+    if tokenizer_vocab_size == config.vocab_size or (allow_unused_rows and tokenizer_vocab_size < config.vocab_size):
+        return
+    raise ConfigError(
+        f"the tokenizer has {tokenizer_vocab_size} tokens, the model's vocabulary has {config.vocab_size}: "
+        "use the tokenizer that the model was trained with"
+    )
+
+
+def _build_chunk(config: ModelConfig, mcore_config: TransformerConfig, spec: Spec, vp_stage: int | None) -> GPTModel:
+    pp_rank, pp_size = parallel_state.get_pipeline_model_parallel_rank(), mcore_config.pipeline_model_parallel_size
+    last_vp_stage = (mcore_config.virtual_pipeline_model_parallel_size or 1) - 1
+    with _without_deprecation_notice():
+        model = GPTModel(
+            mcore_config,
+            _block_spec(mcore_config, spec, vp_stage),
+            vocab_size=config.padded_vocab_size,
+            max_sequence_length=config.max_position_embeddings,
+            pre_process=pp_rank == 0 and not vp_stage,
+            post_process=pp_rank == pp_size - 1 and (vp_stage or 0) == last_vp_stage,
+            share_embeddings_and_output_weights=config.tie_embeddings,
+            position_embedding_type="rope",
+            rotary_base=config.rotary_base,
+            rope_scaling=config.rope_scaling is not None,
+            rope_scaling_factor=config.rope_scaling.factor if config.rope_scaling else 1.0,
+            vp_stage=vp_stage,
+        )
+    if config.rope_scaling is not None:
+        _scale_rope(model, config.rope_scaling)
+    setattr(model, _CONFIG_ATTRIBUTE, config)
+    # a router allocates its weight on the host whatever the device is
+    return model.to(local_device())
+
+
+def _block_spec(mcore_config: TransformerConfig, spec: Spec, vp_stage: int | None) -> TransformerBlockSubmodules:
+    num_layers = get_num_layers_to_build(mcore_config, vp_stage, parallel_state.get_pipeline_model_parallel_rank())
+    layer_spec = _te_layer_spec(mcore_config) if spec == "te" else _local_layer_spec(mcore_config)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec] * num_layers, layer_norm=TENorm if spec == "te" else WrappedTorchNorm)
+
+
+def _te_layer_spec(mcore_config: TransformerConfig) -> ModuleSpec:
+    return get_gpt_layer_with_transformer_engine_spec(
+        num_experts=mcore_config.num_moe_experts, moe_grouped_gemm=mcore_config.moe_grouped_gemm
+    )
+
+
+def _local_layer_spec(mcore_config: TransformerConfig) -> ModuleSpec:
+    layer_spec = get_gpt_layer_local_spec(num_experts=mcore_config.num_moe_experts, normalization="RMSNorm")
+    if mcore_config.num_moe_experts is not None:
+        # The TE spec fuses the norm before experts into no linear, so under the local spec's own map their checkpoints would differ.
+        names = layer_spec.submodules.sharded_state_dict_keys_map
+        layer_spec.submodules.sharded_state_dict_keys_map = {k: v for k, v in names.items() if k != "pre_mlp_layernorm."}
+    return layer_spec
+
+
+def _moe_settings(config: ModelConfig, spec: Spec) -> dict[str, Any]:
+    return {
+        "num_moe_experts": config.num_moe_experts,
+        "moe_ffn_hidden_size": config.ffn_hidden_size,
+        "moe_router_topk": config.moe_router_topk,
+        # a softmax over one chosen expert would be the constant 1 and starve the router of gradient
+        "moe_router_pre_softmax": config.moe_router_topk == 1,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": spec == "te",
+    }
+
+
+def _scale_rope(model: GPTModel, scaling: RopeScaling) -> None:
+    """Frequencies with all four parameters; GPTModel passes on only the factor and fixes the others at Llama 3's values."""
+    rotary = model.rotary_pos_emb
+    channels = torch.arange(0, model.config.kv_channels, 2, dtype=torch.float32, device=rotary.inv_freq.device)
+    frequencies = 1.0 / (model.rotary_base ** (channels / model.config.kv_channels))
+    rotary.inv_freq = rotary._apply_scaling(frequencies, **dataclasses.asdict(scaling))
+
+
+def _sizes_from_weights(model: GPTModel) -> dict[str, Any]:
+    mcore_config = model.config
+    tp = mcore_config.tensor_model_parallel_size
+    layer = model.decoder.layers[0]
+    projection_HA = layer.self_attention.linear_proj.weight
+    head_dim = mcore_config.kv_channels
+    heads = projection_HA.shape[1] * tp // head_dim
+    qkv_heads = layer.self_attention.linear_qkv.weight.shape[0] * tp // head_dim
+    hidden = projection_HA.shape[0]
+    return {
+        "num_layers": mcore_config.num_layers,
+        "hidden_size": hidden,
+        "ffn_hidden_size": _ffn_hidden_size(layer, mcore_config),
+        "num_attention_heads": heads,
+        "num_query_groups": (qkv_heads - heads) // 2,
+        "kv_channels": None if head_dim * heads == hidden else head_dim,
+        "num_moe_experts": mcore_config.num_moe_experts,
+    }
+
+
+def _ffn_hidden_size(layer: torch.nn.Module, mcore_config: TransformerConfig) -> int:
+    mlp: Any = layer.mlp
+    if mcore_config.num_moe_experts is None:
+        return int(mlp.linear_fc2.weight.shape[1]) * mcore_config.tensor_model_parallel_size
+    experts = mlp.experts
+    weight = experts.local_experts[0].linear_fc2.weight if hasattr(experts, "local_experts") else experts.linear_fc2.weight0
+    return int(weight.shape[1]) * mcore_config.expert_tensor_parallel_size
+
+
+def _check_initialised(topology: Topology) -> None:
+    if not parallel_state.model_parallel_is_initialized():
+        raise ConfigError("model parallel state is not initialised: call nemo_opt.parallel.initialize(topology) first")
+    state = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_context_parallel_world_size(),
+        parallel_state.get_expert_model_parallel_world_size(),
+    )
+    if state != (topology.tp, topology.pp, topology.cp, topology.ep):
+        raise ConfigError(f"ranks are laid out as (tp, pp, cp, ep) = {state}, the model asks for {topology}: initialise that topology")
+
+
+def _check_fit(config: ModelConfig, topology: Topology, spec: Spec) -> None:
+    if spec not in ("te", "local"):
+        raise ConfigError(f"unknown layer spec {spec!r}; known are ['local', 'te']")
+    if spec == "te" and not HAVE_TE:
+        raise ConfigError("spec 'te' needs Transformer Engine, which does not import here: install nemo_opt[te], or use spec 'local'")
+    if spec == "local" and topology.cp > 1:
+        raise ConfigError(f"cp {topology.cp} needs spec 'te': Megatron-Core's local attention does not split the sequence")
+    _require_divisible("num_attention_heads", config.num_attention_heads, "tp", topology.tp)
+    _require_divisible("num_query_groups", config.num_query_groups, "tp", topology.tp)
+    _require_divisible("ffn_hidden_size", config.ffn_hidden_size, "tp", topology.tp)
+    _require_divisible("padded vocabulary", config.padded_vocab_size, "tp", topology.tp)
+    _check_experts(config, topology)
+    _check_stages(config, topology)
+
+
+def _check_experts(config: ModelConfig, topology: Topology) -> None:
+    if config.num_moe_experts is not None:
+        _require_divisible("num_moe_experts", config.num_moe_experts, "ep", topology.ep)
+        if topology.tp > 1 and topology.ep > 1 and not topology.sp:
+            raise ConfigError(f"ep {topology.ep} with tp {topology.tp} needs sequence parallelism: set sp")
+    elif topology.ep > 1:
+        raise ConfigError(f"ep {topology.ep} needs a model with num_moe_experts: this one is dense, use ep=1")
+
+
+def _check_stages(config: ModelConfig, topology: Topology) -> None:
+    fixed = [n for n in (topology.first_stage_layers, topology.last_stage_layers) if n is not None]
+    if topology.pp == 1 and fixed:
+        raise ConfigError(f"first/last_stage_layers {fixed} need pp > 1, got pp 1")
+    even_stages, rest = topology.pp - len(fixed), config.num_layers - sum(fixed)
+    if rest < even_stages or (even_stages == 0 and rest):
+        raise ConfigError(f"num_layers {config.num_layers} - first/last stage {fixed} leaves {rest} layers for {even_stages} stages")
+    if even_stages:
+        _require_divisible("layers of even stages", rest, "stages * vp", even_stages * topology.vp)
+    for layers in fixed:
+        _require_divisible("first/last_stage_layers", layers, "vp", topology.vp)
+
+
+def _require_divisible(name: str, value: int, by_name: str, by: int) -> None:
+    if value % by:
+        raise ConfigError(f"{name} {value} % {by_name} {by} != 0: choose sizes that divide")
+
+
+class _without_deprecation_notice:  # noqa: N801 -- used as a function
+    """Silences GPTModel's notice about HybridModel, which the module docstring answers."""
+
+    _logger = logging.getLogger("megatron.core.models.gpt.gpt_model")
+
+    def __enter__(self) -> None:
+        self._level = self._logger.level
+        self._logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        self._logger.setLevel(self._level)
