@@ -9,6 +9,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "build": ["build_model", "check_vocabulary", "model_config_of", "spec_of", "transformer_config", "unwrap"],
         "config": ["ModelConfig", "RopeScaling", "preset"],
+        "huggingface": ["export_hf", "import_hf"],
+        "huggingface_config": ["config_from_hf"],
         "init": ["seeded_init"],
         "shards": ["Shard", "full_tensors", "gather_full", "parameter_shards"],
     },
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from nemo_opt.models.config import ModelConfig as ModelConfig
     from nemo_opt.models.config import RopeScaling as RopeScaling
     from nemo_opt.models.config import preset as preset
+    from nemo_opt.models.huggingface import export_hf as export_hf
+    from nemo_opt.models.huggingface import import_hf as import_hf
+    from nemo_opt.models.huggingface_config import config_from_hf as config_from_hf
     from nemo_opt.models.init import seeded_init as seeded_init
     from nemo_opt.models.shards import Shard as Shard
     from nemo_opt.models.shards import full_tensors as full_tensors

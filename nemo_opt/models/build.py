@@ -86,7 +86,8 @@ def transformer_config(
     spec = spec or default_spec()
     device = choose_device()
     dtype = dtype or device.dtype
-    _check_fit(config, topology, spec)
+    topology.validate(topology.world_size, config)
+    _check_spec(topology, spec)
     on_gpu = device.type == "cuda"
     settings: dict[str, Any] = {
         "num_layers": config.num_layers,
@@ -121,7 +122,7 @@ def transformer_config(
         "virtual_pipeline_model_parallel_size": topology.vp if topology.vp > 1 else None,
         "context_parallel_size": topology.cp,
         "expert_model_parallel_size": topology.ep,
-        "sequence_parallel": topology.sp and topology.tp > 1,
+        "sequence_parallel": topology.sp,
         "num_layers_in_first_pipeline_stage": topology.first_stage_layers,
         "num_layers_in_last_pipeline_stage": topology.last_stage_layers,
         "transformer_impl": "transformer_engine" if spec == "te" else "local",
@@ -163,9 +164,8 @@ def model_config_of(model: Any) -> ModelConfig:
     if known is not None:
         return known.with_(**sizes)
     # Built elsewhere: GPTModel keeps all but the tokenizer's vocabulary and the parameters of RoPE scaling, whose defaults are Llama 3.1's.
-    if sizes.get("vocab_size") is None:
-        sizes["vocab_size"] = gpt_model.vocab_size
     return ModelConfig(
+        vocab_size=gpt_model.vocab_size,
         max_position_embeddings=gpt_model.max_sequence_length,
         rotary_base=float(gpt_model.rotary_base),
         rope_scaling=RopeScaling() if gpt_model.rotary_scaling else None,
@@ -313,46 +313,13 @@ def _check_initialised(topology: Topology) -> None:
         raise ConfigError(f"ranks are laid out as (tp, pp, cp, ep) = {state}, the model asks for {topology}: initialise that topology")
 
 
-def _check_fit(config: ModelConfig, topology: Topology, spec: Spec) -> None:
+def _check_spec(topology: Topology, spec: Spec) -> None:
     if spec not in ("te", "local"):
         raise ConfigError(f"unknown layer spec {spec!r}; known are ['local', 'te']")
     if spec == "te" and not HAVE_TE:
         raise ConfigError("spec 'te' needs Transformer Engine, which does not import here: install nemo_opt[te], or use spec 'local'")
     if spec == "local" and topology.cp > 1:
         raise ConfigError(f"cp {topology.cp} needs spec 'te': Megatron-Core's local attention does not split the sequence")
-    _require_divisible("num_attention_heads", config.num_attention_heads, "tp", topology.tp)
-    _require_divisible("num_query_groups", config.num_query_groups, "tp", topology.tp)
-    _require_divisible("ffn_hidden_size", config.ffn_hidden_size, "tp", topology.tp)
-    _require_divisible("padded vocabulary", config.padded_vocab_size, "tp", topology.tp)
-    _check_experts(config, topology)
-    _check_stages(config, topology)
-
-
-def _check_experts(config: ModelConfig, topology: Topology) -> None:
-    if config.num_moe_experts is not None:
-        _require_divisible("num_moe_experts", config.num_moe_experts, "ep", topology.ep)
-        if topology.tp > 1 and topology.ep > 1 and not topology.sp:
-            raise ConfigError(f"ep {topology.ep} with tp {topology.tp} needs sequence parallelism: set sp")
-    elif topology.ep > 1:
-        raise ConfigError(f"ep {topology.ep} needs a model with num_moe_experts: this one is dense, use ep=1")
-
-
-def _check_stages(config: ModelConfig, topology: Topology) -> None:
-    fixed = [n for n in (topology.first_stage_layers, topology.last_stage_layers) if n is not None]
-    if topology.pp == 1 and fixed:
-        raise ConfigError(f"first/last_stage_layers {fixed} need pp > 1, got pp 1")
-    even_stages, rest = topology.pp - len(fixed), config.num_layers - sum(fixed)
-    if rest < even_stages or (even_stages == 0 and rest):
-        raise ConfigError(f"num_layers {config.num_layers} - first/last stage {fixed} leaves {rest} layers for {even_stages} stages")
-    if even_stages:
-        _require_divisible("layers of even stages", rest, "stages * vp", even_stages * topology.vp)
-    for layers in fixed:
-        _require_divisible("first/last_stage_layers", layers, "vp", topology.vp)
-
-
-def _require_divisible(name: str, value: int, by_name: str, by: int) -> None:
-    if value % by:
-        raise ConfigError(f"{name} {value} % {by_name} {by} != 0: choose sizes that divide")
 
 
 class _without_deprecation_notice:  # noqa: N801 -- used as a function

@@ -70,9 +70,8 @@ class ModelConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
         if self.num_attention_heads % self.num_query_groups:
-            raise ConfigError(
-                f"num_attention_heads {self.num_attention_heads} % num_query_groups {self.num_query_groups} != 0: choose groups that divide the heads"
-            )
+            sizes = f"num_attention_heads {self.num_attention_heads} % num_query_groups {self.num_query_groups}"
+            raise ConfigError(f"{sizes} != 0: choose groups that divide the heads")
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
             raise ConfigError(f"hidden_size {self.hidden_size} % num_attention_heads {self.num_attention_heads} != 0: set kv_channels")
         if self.num_moe_experts is not None and not 1 <= self.moe_router_topk <= self.num_moe_experts:
