@@ -1,0 +1,52 @@
+"""The CPU backend: Megatron-Core and ModelOpt without a GPU.
+
+`activate()` changes this process: CUDA devices that are asked for mean main memory, NCCL means gloo, `transformer_engine` means the
+pure-torch reference of this package, and the places of Megatron-Core and ModelOpt that insist on CUDA are patched by name. It fakes no
+result: every operation is computed, `Tensor.is_cuda` stays False, figures are measured.
+
+Known only to `nemo_opt.device`, and to whoever runs `python -m nemo_opt.cpu`.
+"""
+
+import os
+
+from nemo_opt.errors import ConfigError
+
+__all__ = ["DEVICES_VARIABLE", "activate", "is_active"]
+
+DEVICES_VARIABLE = "NEMO_OPT_CPU_DEVICES"  # set by `python -m nemo_opt.cpu`: the number of pretended devices
+
+_active = False
+
+
+def is_active() -> bool:
+    """Whether the backend is in place in this process."""
+    return _active
+
+
+def activate() -> None:
+    """Puts the backend in place; a second call does nothing.
+
+    Raises:
+        ConfigError: CUDA is in use in this process already.
+        UpstreamMovedError: A patch found its target gone or changed.
+    """
+    global _active
+    if _active:
+        return
+    import torch
+
+    if torch.cuda.is_initialized():
+        raise ConfigError("the CPU backend was asked for, but this process uses CUDA already; choose the device before the first tensor")
+    from nemo_opt.cpu import collectives, cuda, devices, megatron, patches, redirect, rng, streams  # noqa: F401 (megatron registers)
+
+    devices.pretend(int(os.environ.get(DEVICES_VARIABLE, "0")))
+    for part in (redirect, cuda, rng, streams, collectives):
+        part.install()
+    try:
+        from nemo_opt.cpu import transformer_engine
+    except ImportError:
+        pass
+    else:
+        transformer_engine.install()
+    patches.install()
+    _active = True
