@@ -1,0 +1,120 @@
+import logging
+
+import pytest
+import torch
+
+from nemo_opt.data.batches import batches, calibration_batches, cp_slice
+from nemo_opt.errors import ConfigError, DataError
+
+SEQ = 6
+
+
+class Counting(torch.utils.data.Dataset):
+    """Sample i holds the number i."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        if index >= self.size:
+            raise IndexError(index)
+        tokens = torch.full((SEQ,), index)
+        return {"tokens": tokens, "labels": tokens + 1, "loss_mask": torch.ones(SEQ), "position_ids": torch.arange(SEQ)}
+
+
+def drawn(iterator):
+    return [batch["tokens"][:, 0].tolist() for batch in iterator]
+
+
+def test_shapes():
+    batch = next(batches(Counting(8), micro_batch_size=2))
+    assert batch["attention_mask"] is None
+    assert {name: tuple(batch[name].shape) for name in ("tokens", "labels", "loss_mask", "position_ids")} == dict.fromkeys(
+        ("tokens", "labels", "loss_mask", "position_ids"), (2, SEQ)
+    )
+    assert torch.equal(batch["labels"], batch["tokens"] + 1)
+
+
+def test_order_on_one_rank_leaves_out_the_incomplete_step():
+    assert drawn(batches(Counting(7), micro_batch_size=2)) == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_ranks_share_each_step():
+    ranks = [drawn(batches(Counting(13), micro_batch_size=2, dp_rank=rank, dp_size=3)) for rank in range(3)]
+    assert ranks == [[[0, 1], [6, 7]], [[2, 3], [8, 9]], [[4, 5], [10, 11]]]
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 4])
+def test_a_global_batch_holds_the_same_samples_on_every_layout(dp_size):
+    """Global batch 8 at micro-batch 2: the first 4 / dp_size micro-batches of all ranks."""
+    ranks = [drawn(batches(Counting(16), micro_batch_size=2, dp_rank=rank, dp_size=dp_size)) for rank in range(dp_size)]
+    assert sorted(sample for rank in ranks for part in rank[: 4 // dp_size] for sample in part) == list(range(8))
+
+
+def test_resumed_is_uninterrupted():
+    whole = drawn(batches(Counting(20), micro_batch_size=2, dp_rank=1, dp_size=2))
+    assert drawn(batches(Counting(20), micro_batch_size=2, dp_rank=1, dp_size=2, start_sample=8)) == whole[2:]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"micro_batch_size": 0}, ConfigError),
+        ({"micro_batch_size": 2, "dp_rank": 2, "dp_size": 2}, ConfigError),
+        ({"micro_batch_size": 2, "start_sample": 3}, ConfigError),
+        ({"micro_batch_size": 2, "start_sample": -2}, ConfigError),
+        ({"micro_batch_size": 2, "start_sample": 8}, DataError),
+        ({"micro_batch_size": 16}, DataError),
+    ],
+)
+def test_what_does_not_fit_is_refused_at_once(arguments, error):
+    with pytest.raises(error):
+        batches(Counting(8), **arguments)
+
+
+def test_calibration_rows_are_the_packed_documents(documents, tokenizer):
+    made = calibration_batches(documents, tokenizer, seq_length=32, num_samples=6, micro_batch_size=2)
+    packed = [token for document in documents[:5] for token in [*tokenizer.encode(document), tokenizer.eod]]
+    assert [batch["tokens"].shape for batch in made] == [(2, 32)] * 3
+    assert torch.cat([batch["tokens"].flatten() for batch in made]).tolist() == packed[: 6 * 32]
+    assert made[0]["position_ids"].tolist() == [list(range(32))] * 2
+    assert set(made[0]) == {"tokens", "position_ids", "attention_mask"}
+
+
+def test_calibration_is_shared_between_ranks(documents, tokenizer):
+    sizes = {"seq_length": 16, "num_samples": 8, "micro_batch_size": 2}
+    whole = torch.cat([batch["tokens"] for batch in calibration_batches(documents, tokenizer, **sizes)])
+    ranks = [calibration_batches(documents, tokenizer, **sizes, dp_rank=rank, dp_size=2) for rank in range(2)]
+    assert torch.equal(torch.cat([batch["tokens"] for pair in zip(*ranks, strict=True) for batch in pair]), whole)
+
+
+def test_fewer_rows_than_asked_are_reported(tokenizer, caplog):
+    with caplog.at_level(logging.WARNING):
+        made = calibration_batches(["a b c d e f g h"] * 3, tokenizer, seq_length=8, num_samples=100)
+    assert 0 < len(made) < 100
+    assert f"{len(made)} samples of 8 tokens, 100 were asked for" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("texts", "sizes", "error"),
+    [
+        ([], {}, DataError),
+        (["", " "], {}, DataError),
+        (["short"], {"seq_length": 1000}, DataError),
+        (["some words here"], {"micro_batch_size": 50}, DataError),
+        (["text"], {"num_samples": 0}, ConfigError),
+        (["text"], {"seq_length": 0}, ConfigError),
+        (["text"], {"dp_rank": 1}, ConfigError),
+    ],
+)
+def test_no_calibration_row_is_an_error(tokenizer, texts, sizes, error):
+    with pytest.raises(error):
+        calibration_batches(texts, tokenizer, **({"seq_length": 4, "num_samples": 2} | sizes))
+
+
+def test_without_context_parallelism_the_batch_is_left_alone():
+    batch = {"tokens": torch.zeros(1, 5)}
+    assert cp_slice(batch) is batch
