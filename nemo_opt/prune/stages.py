@@ -1,0 +1,57 @@
+"""Dropping layers by number on any tensor and pipeline layout, and an honest account of what each pipeline stage holds afterwards.
+
+ModelOpt drops and renumbers layers, but Megatron-Core computes where a stage's layers begin from the configuration, as if all stages
+held equally many; a checkpoint saved after an uneven drop would then carry wrong names. So the configuration is told the layout that came
+about.
+"""
+
+from typing import Any
+
+import nemo_opt._stack
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+from modelopt.torch.prune.plugins.mcore_minitron import drop_mcore_language_model_layers
+
+from nemo_opt.models.build import model_config_of
+from nemo_opt.models.config import ModelConfig
+
+__all__ = ["drop_layers", "global_model_config", "record_stage_layers"]
+
+
+def drop_layers(gpt_model: Any, layers: tuple[int, ...]) -> None:
+    """Drop `layers` (counted from 1 over the whole model) in place; collective.
+
+    Args:
+        gpt_model: an unwrapped GPTModel, this rank's only chunk.
+        layers: valid layer numbers, not all of them.
+
+    """
+    drop_mcore_language_model_layers(gpt_model, layers_to_drop=list(layers))
+    record_stage_layers(gpt_model)
+
+
+def record_stage_layers(gpt_model: Any) -> list[int]:
+    """Write into the model's configuration how many layers each pipeline stage holds; returns these numbers. Collective."""
+    config, block = gpt_model.config, gpt_model.decoder
+    block.num_layers_per_pipeline_rank = len(block.layers)
+    counts = [0] * config.pipeline_model_parallel_size
+    if len(counts) == 1:
+        return [len(block.layers)]
+    dist.all_gather_object(counts, len(block.layers), group=parallel_state.get_pipeline_model_parallel_group())
+    rows = [["decoder"] * count for count in counts]
+    rows[0].insert(0, "embedding")
+    rows[-1].append("loss")
+    config.num_layers_in_first_pipeline_stage = None
+    config.num_layers_in_last_pipeline_stage = None
+    config.pipeline_model_parallel_layout = PipelineParallelLayerLayout(rows, config.pipeline_model_parallel_size)
+    return counts
+
+
+def global_model_config(gpt_model: Any) -> ModelConfig:
+    """The model's true sizes, also on a pipeline stage that has no layer left to read them from. Collective."""
+    found: list[ModelConfig | None] = [None] * parallel_state.get_pipeline_model_parallel_world_size()
+    own = model_config_of(gpt_model) if len(gpt_model.decoder.layers) else None
+    dist.all_gather_object(found, own, group=parallel_state.get_pipeline_model_parallel_group())
+    return next(config for config in found if config is not None)

@@ -1,0 +1,135 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from nemo_opt.errors import ConfigError
+from nemo_opt.models.config import preset
+from nemo_opt.prune.config import PruningConfig
+
+TINY = preset("tiny")  # 4 layers, hidden 128, ffn 256, 8 heads in 4 groups
+
+
+def test_everything_is_unset_by_default():
+    assert PruningConfig().targets == {}
+    assert PruningConfig().drop_layers is None
+
+
+@pytest.mark.parametrize(
+    "target", ["ffn_hidden_size", "hidden_size", "num_attention_heads", "num_query_groups", "num_layers", "mamba_num_heads"]
+)
+def test_drop_layers_excludes_every_target(target):
+    with pytest.raises(ValueError, match="drop_layers cannot be used with other pruning parameters"):
+        PruningConfig(drop_layers=[1], **{f"target_{target}": 2})
+
+
+@pytest.mark.parametrize(
+    ("layers", "match"),
+    [
+        ([], "given but empty"),
+        ([0], "counted from 1"),
+        ([-1], "counted from 1"),
+        ([True], "counted from 1"),
+        ([1.0], "counted from 1"),
+        ([2, 2], "twice"),
+        ("12", "list of layer numbers"),
+        (3, "list of layer numbers"),
+    ],
+)
+def test_bad_layer_lists_are_refused(layers, match):
+    with pytest.raises(ConfigError, match=match):
+        PruningConfig(drop_layers=layers)
+
+
+@pytest.mark.parametrize("value", [0, -4, 1.0, "64", True])
+def test_targets_are_positive_integers(value):
+    with pytest.raises(ConfigError, match="target_hidden_size must be a positive integer"):
+        PruningConfig(target_hidden_size=value)
+
+
+@pytest.mark.parametrize("name", ["target_mamba_num_heads", "target_mamba_head_dim"])
+def test_mamba_targets_are_refused_by_name(name):
+    with pytest.raises(ConfigError, match=f"{name} is for Mamba"):
+        PruningConfig(**{name: 2})
+
+
+def test_layers_are_kept_sorted():
+    assert PruningConfig(drop_layers=[3, 1]).drop_layers == (1, 3)
+
+
+def test_mapping_and_omegaconf_are_read():
+    config = PruningConfig(drop_layers=[1, 3])
+    assert PruningConfig.from_any({"drop_layers": [3, 1]}) == config
+    assert PruningConfig.from_any(OmegaConf.create({"drop_layers": [3, 1]})) == config
+    assert PruningConfig.from_any(config) is config
+    with pytest.raises(ConfigError, match=r"unknown pruning settings \['target_layers'\]"):
+        PruningConfig.from_any({"target_layers": 2})
+    with pytest.raises(ConfigError, match="got list"):
+        PruningConfig.from_any([1])
+
+
+@pytest.mark.parametrize("layers", [[5], [1, 9]])
+def test_layers_out_of_range_are_refused(layers):
+    with pytest.raises(ConfigError, match=rf"\[{layers[-1]}\] out of range: the model has layers 1..4"):
+        PruningConfig(drop_layers=layers).check_against(TINY)
+
+
+def test_dropping_all_layers_is_refused():
+    PruningConfig(drop_layers=[1, 2, 3]).check_against(TINY)
+    with pytest.raises(ConfigError, match="all 4 layers"):
+        PruningConfig(drop_layers=[1, 2, 3, 4]).check_against(TINY)
+
+
+def test_no_target_is_refused():
+    with pytest.raises(ConfigError, match="nothing to prune"):
+        PruningConfig().check_against(TINY)
+
+
+def test_other_query_groups_are_refused_with_the_reason():
+    PruningConfig(target_num_query_groups=4).check_against(TINY)
+    with pytest.raises(ConfigError, match=r"target_num_query_groups 2 != 4.*keeps the groups"):
+        PruningConfig(target_num_query_groups=2).check_against(TINY)
+
+
+def test_experts_are_refused_except_for_dropping_layers():
+    moe = TINY.with_(num_moe_experts=4)
+    PruningConfig(drop_layers=[1]).check_against(moe)
+    with pytest.raises(ConfigError, match="mixture-of-experts"):
+        PruningConfig(target_hidden_size=64).check_against(moe)
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "nearest"),
+    [
+        ("hidden_size", 129, "128"),
+        ("ffn_hidden_size", 10_000, "256"),
+        ("num_layers", 5, "4"),
+        ("num_attention_heads", 16, "8"),
+        ("num_attention_heads", 6, "4 or 8"),
+        ("num_attention_heads", 3, "4"),
+    ],
+)
+def test_unreachable_target_names_the_nearest(name, target, nearest):
+    with pytest.raises(ConfigError, match=rf"target_{name} {target} cannot be reached.*nearest: {nearest}$"):
+        PruningConfig(**{f"target_{name}": target}).check_against(TINY)
+
+
+def test_nemos_own_test_values_fit():
+    PruningConfig(
+        target_hidden_size=64, target_ffn_hidden_size=128, target_num_attention_heads=4, target_num_query_groups=4, target_num_layers=2
+    ).check_against(TINY)
+
+
+@given(heads=st.integers(1, 64), groups=st.sampled_from([1, 2, 4, 8]), per_group=st.integers(1, 8))
+def test_accepted_heads_and_named_ones_are_valid(heads, groups, per_group):
+    model = preset("tiny", num_attention_heads=groups * per_group, num_query_groups=groups, kv_channels=16)
+    config = PruningConfig(target_num_attention_heads=heads)
+    valid = {n * groups for n in range(1, per_group + 1)}
+    if heads in valid:
+        config.check_against(model)
+        return
+    with pytest.raises(ConfigError, match="nearest") as caught:
+        config.check_against(model)
+    named = {int(n) for n in str(caught.value).rpartition("nearest: ")[2].split(" or ")}
+    assert named <= valid
+    assert min(abs(heads - n) for n in named) == min(abs(heads - n) for n in valid)

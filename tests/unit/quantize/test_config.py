@@ -1,0 +1,129 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from nemo_opt.errors import ConfigError
+from nemo_opt.quantize.config import ALGORITHMS, EXPORT_FORMATS, ExportConfig, QuantizationConfig
+
+
+def test_defaults_are_nemos():
+    config = QuantizationConfig()
+    assert (config.algorithm, config.awq_block_size, config.sq_alpha) == ("fp8", 128, 0.5)
+    assert (config.enable_kv_cache, config.kv_cache_qformat) == (None, "fp8")
+    assert (config.calibration_dataset, config.calibration_dataset_size) == ("cnn_dailymail", 512)
+    assert (config.calibration_batch_size, config.calibration_seq_len) == (64, 128)
+    export = ExportConfig(path="out")
+    assert (export.path, export.export_format, export.dtype) == (Path("out"), "trtllm", "bf16")
+    assert (export.decoder_type, export.inference_tp, export.inference_pp, export.generate_sample) == (None, 1, 1, False)
+
+
+@pytest.mark.parametrize("algorithm", ["block_fp8", "int4", "int4_awq", "int8_sq", "mxfp8", "nvfp4", "w4a8_awq"])
+def test_what_is_not_supported_yet_is_refused_by_name(algorithm):
+    with pytest.raises(ConfigError, match=f"'{algorithm}' is not supported yet"):
+        QuantizationConfig(algorithm=algorithm)
+
+
+def test_unknown_algorithm_is_refused_with_the_choices():
+    with pytest.raises(ConfigError, match=r"'int7'.*'fp8', 'int8'"):
+        QuantizationConfig(algorithm="int7")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("awq_block_size", 0),
+        ("calibration_dataset_size", 0),
+        ("calibration_batch_size", -1),
+        ("calibration_seq_len", 1.5),
+        ("calibration_seq_len", True),
+        ("sq_alpha", 1.01),
+        ("sq_alpha", -0.01),
+        ("enable_kv_cache", "yes"),
+    ],
+)
+def test_bad_value_is_refused_by_field_name(field, value):
+    with pytest.raises(ConfigError, match=field):
+        QuantizationConfig(**{field: value})
+
+
+def test_bad_kv_cache_format_matters_only_when_asked_for():
+    QuantizationConfig(algorithm="int8", kv_cache_qformat="int3")
+    with pytest.raises(ConfigError, match="Unsupported kv cache quantization format"):
+        QuantizationConfig(algorithm="int8", enable_kv_cache=True, kv_cache_qformat="int3")
+
+
+def test_kv_cache_is_refused_for_fp8_and_accepted_beside_int8():
+    with pytest.raises(ConfigError, match="enable_kv_cache"):
+        QuantizationConfig(algorithm="fp8", enable_kv_cache=True)
+    assert QuantizationConfig(algorithm="int8", enable_kv_cache=True).enable_kv_cache is True
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("path", ""),
+        ("path", None),
+        ("export_format", "onnx"),
+        ("dtype", "32"),
+        ("dtype", 32),
+        ("inference_tp", 0),
+        ("inference_pp", "1"),
+        ("generate_sample", True),
+    ],
+)
+def test_bad_export_value_is_refused(field, value):
+    with pytest.raises(ConfigError, match=field.replace("_", "[_ ]")):
+        ExportConfig(**{"path": "out", field: value})
+
+
+@pytest.mark.parametrize("dtype", [16, "16", "bf16"])
+def test_export_types_of_nemo_are_accepted(dtype):
+    assert ExportConfig(path="out", dtype=dtype).dtype == dtype
+
+
+def test_first_generation_keys_are_translated():
+    config = QuantizationConfig.from_any({"algorithm": "fp8", "calib_dataset": "wikitext", "num_calib_size": 8, "decoder_type": "llama"})
+    assert (config.calibration_dataset, config.calibration_dataset_size, config.decoder_type) == ("wikitext", 8, "llama")
+    export = ExportConfig.from_any({"save_path": "out", "inference_tensor_parallel": 2, "inference_pipeline_parallel": 3})
+    assert (export.path, export.inference_tp, export.inference_pp) == (Path("out"), 2, 3)
+
+
+def test_unknown_and_missing_keys_are_refused():
+    with pytest.raises(ConfigError, match=r"unknown settings \['algorithmus'\]"):
+        QuantizationConfig.from_any({"algorithmus": "fp8"})
+    with pytest.raises(ConfigError, match=r"incomplete ExportConfig.*path"):
+        ExportConfig.from_any({"dtype": 16})
+    with pytest.raises(ConfigError, match="got int"):
+        QuantizationConfig.from_any(8)
+
+
+@given(
+    algorithm=st.sampled_from([*ALGORITHMS, None]),
+    block=st.integers(1, 256),
+    alpha=st.floats(0, 1),
+    size=st.integers(1, 1000),
+)
+def test_mapping_omegaconf_and_dataclass_agree(algorithm, block, alpha, size):
+    values = {"algorithm": algorithm, "awq_block_size": block, "sq_alpha": alpha, "calibration_dataset_size": size}
+    config = QuantizationConfig(**values)
+    assert QuantizationConfig.from_any(values) == config
+    assert QuantizationConfig.from_any(OmegaConf.create(values)) == config
+    assert QuantizationConfig.from_any(config) is config
+    assert config == values
+    assert config == OmegaConf.create(values)
+    assert hash(config) == hash(QuantizationConfig(**values))
+
+
+@pytest.mark.parametrize(
+    "other", [{"algorithm": "int8"}, {"algorithm": "fp8", "no": 1}, {"algorithm": "wrong"}, ExportConfig(path="x"), 1, None]
+)
+def test_config_differs_from_what_it_was_not_made_from(other):
+    assert QuantizationConfig(algorithm="fp8") != other
+
+
+@pytest.mark.parametrize("export_format", EXPORT_FORMATS)
+def test_all_formats_of_nemo_are_known(export_format):
+    assert ExportConfig(path="out", export_format=export_format).export_format == export_format
