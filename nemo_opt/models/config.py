@@ -27,6 +27,10 @@ class RopeScaling:
     original_max_position_embeddings: int = 8192
     """Context length of the model before scaling."""
 
+    def __post_init__(self) -> None:
+        if self.factor <= 0 or self.original_max_position_embeddings < 1 or not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ConfigError(f"rope_scaling needs factor > 0, 0 < low_freq_factor < high_freq_factor and a context length, got {self}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -74,6 +78,12 @@ class ModelConfig:
             raise ConfigError(f"{sizes} != 0: choose groups that divide the heads")
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
             raise ConfigError(f"hidden_size {self.hidden_size} % num_attention_heads {self.num_attention_heads} != 0: set kv_channels")
+        if self.kv_channels is not None and (not isinstance(self.kv_channels, int) or self.kv_channels < 1):
+            raise ConfigError(f"kv_channels must be a positive integer or None, got {self.kv_channels!r}")
+        if self.head_dim % 2:
+            raise ConfigError(f"head dimension {self.head_dim} is odd, and RoPE rotates pairs: set an even kv_channels")
+        if self.norm_epsilon <= 0:
+            raise ConfigError(f"norm_epsilon must be positive, got {self.norm_epsilon}")
         if self.num_moe_experts is not None and not 1 <= self.moe_router_topk <= self.num_moe_experts:
             raise ConfigError(f"moe_router_topk {self.moe_router_topk} is not in 1..num_moe_experts {self.num_moe_experts}")
 
@@ -97,13 +107,13 @@ class ModelConfig:
         known = {f.name for f in fields(cls)}
         if unknown := sorted(values.keys() - known):
             raise ConfigError(f"unknown model settings {unknown}; known are {sorted(known)}")
-        values = dict(values)
-        if isinstance(scaling := values.get("rope_scaling"), dict):
-            values["rope_scaling"] = RopeScaling(**scaling)
+        scaling = values.get("rope_scaling")
+        if not isinstance(scaling, dict | None):
+            raise ConfigError(f"rope_scaling must be settings of llama3 scaling or None, got {scaling!r}")
         try:
-            return cls(**values)
+            return cls(**{**values, "rope_scaling": scaling and RopeScaling(**scaling)})
         except TypeError as error:
-            raise ConfigError(f"incomplete model settings: {error}") from None
+            raise ConfigError(f"incomplete model settings, or unknown ones in rope_scaling: {error}") from None
 
     def with_(self, **changes: Any) -> "ModelConfig":
         """A validated copy with some fields changed."""
