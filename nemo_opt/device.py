@@ -24,21 +24,18 @@ DEVICE_VARIABLE = "NEMO_OPT_DEVICE"
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceChoice:
-    """What this process computes on.
-
-    Attributes:
-        type: Where tensors live.
-        backend: The torch.distributed backend.
-        dtype: The dtype models are built in unless another is asked for.
-        transformer_engine: NVIDIA's own, the CPU backend's reference, or none.
-        reason: Why, in words for the user.
-    """
+    """What this process computes on."""
 
     type: Literal["cuda", "cpu"]
+    """Where tensors live."""
     backend: Literal["nccl", "gloo"]
+    """The torch.distributed backend."""
     dtype: "torch.dtype"
+    """The dtype models are built in unless another is asked for."""
     transformer_engine: Literal["real", "reference", "none"]
+    """NVIDIA's own, the CPU backend's reference, or none."""
     reason: str
+    """Why, in words for the user."""
 
     def __str__(self) -> str:
         engine = {"real": "Transformer Engine", "reference": "the CPU backend", "none": "no Transformer Engine"}[self.transformer_engine]

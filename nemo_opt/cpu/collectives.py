@@ -52,7 +52,7 @@ def install() -> None:
         wrapped = wrapper(getattr(c10d, name))
         set_attribute(c10d, name, wrapped)
         set_attribute(dist, name, wrapped)
-    init_device_mesh = dist.init_device_mesh
+    init_device_mesh = dist.device_mesh.init_device_mesh
 
     @functools.wraps(init_device_mesh)
     def redirected_mesh(device_type: str, *args: Any, **kwargs: Any) -> Any:
@@ -69,7 +69,9 @@ def _on_gloo(backend: Any) -> Any:
 
 def _init_process_group(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
-    def init_process_group(backend: Any = None, init_method: Any = None, timeout: timedelta | None = None, *args: Any, **kwargs: Any) -> None:
+    def init_process_group(
+        backend: Any = None, init_method: Any = None, timeout: timedelta | None = None, *args: Any, **kwargs: Any
+    ) -> None:
         global _timeout
         _timeout = timeout or DEFAULT_TIMEOUT
         kwargs.pop("pg_options", None)
@@ -150,7 +152,14 @@ def _all_to_all_single(original: Callable[..., Any]) -> Callable[..., Any]:
         return None if splits is None else [int(size) for size in splits]
 
     @functools.wraps(original)
-    def all_to_all_single(output: torch.Tensor, input: torch.Tensor, output_split_sizes: Any = None, input_split_sizes: Any = None, *args: Any, **kwargs: Any) -> Any:  # noqa: A002, E501
+    def all_to_all_single(
+        output: torch.Tensor,
+        input: torch.Tensor,  # noqa: A002 (callers pass it by this name)
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         return original(_sendable(output), _sendable(input), sizes(output_split_sizes), sizes(input_split_sizes), *args, **kwargs)
 
     return all_to_all_single

@@ -1,8 +1,8 @@
 """The functions of `torch.cuda`, answered for main memory.
 
-Memory figures are those of the process: "allocated" is its resident memory, "max allocated" its highest resident memory since the last reset. Both
-are measured, though they hold more than tensors. The device's properties name the processor; its compute capability is 8.0, the level
-of what the backend offers (bfloat16, but no FP8 matrix products in hardware).
+Memory figures are those of the process: "allocated" is its resident memory, "max allocated" its highest resident memory since the last
+reset. Both are measured, though they hold more than tensors. The device's properties name the processor; its compute capability is 8.0,
+the level of what the backend offers (bfloat16, but no FP8 matrix products in hardware).
 """
 
 import contextlib
@@ -71,7 +71,11 @@ def _reset_peak(device: Any = None) -> None:
 
 def _memory_stats(device: Any = None) -> dict[str, int]:
     now, peak = _memory_allocated(), _max_memory_allocated()
-    stats = {f"{kind}_bytes.all.{when}": value for kind in ("allocated", "reserved", "active") for when, value in (("current", now), ("peak", peak))}
+    stats = {
+        f"{kind}_bytes.all.{when}": value
+        for kind in ("allocated", "reserved", "active")
+        for when, value in (("current", now), ("peak", peak))
+    }
     return stats | {"num_alloc_retries": 0, "num_ooms": 0, "allocation.all.current": 0, "allocation.all.allocated": 0}
 
 
@@ -94,9 +98,17 @@ def _device_name(device: Any = None) -> str:
 
 def _device_properties(device: Any = None) -> SimpleNamespace:
     return SimpleNamespace(
-        name=_device_name(), major=_CAPABILITY[0], minor=_CAPABILITY[1], total_memory=_total_memory(), multi_processor_count=os.cpu_count() or 1,
-        warp_size=1, is_integrated=True, is_multi_gpu_board=False, L2_cache_size=0, gcnArchName="",
-    )  # fmt: skip
+        name=_device_name(),
+        major=_CAPABILITY[0],
+        minor=_CAPABILITY[1],
+        total_memory=_total_memory(),
+        multi_processor_count=os.cpu_count() or 1,
+        warp_size=1,
+        is_integrated=True,
+        is_multi_gpu_board=False,
+        L2_cache_size=0,
+        gcnArchName="",
+    )
 
 
 @contextlib.contextmanager

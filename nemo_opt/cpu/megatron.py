@@ -53,7 +53,7 @@ def _quiet_fork(module: ModuleType) -> None:
 
 @replace(
     "megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__",
-    reason="refuses sequence parallelism only because torch's norms do not mark their weights; marked, their gradients are summed over the axis",
+    reason="refuses sequence parallelism only because torch's norms do not mark their weights; marked, the gradients are summed",
     parameters=("cls", "config", "hidden_size", "eps", "persist_layer_norm", "zero_centered_gamma", "normalization"),
 )
 def _sequence_parallel_norm(original: Any) -> Any:

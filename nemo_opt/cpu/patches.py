@@ -28,17 +28,14 @@ __all__ = ["Patch", "apply_all", "install", "registered", "replace", "retarget",
 
 @dataclass(frozen=True, kw_only=True)
 class Patch:
-    """One change of one target.
-
-    Attributes:
-        target: "package.module:qualified.name".
-        reason: Why the CPU backend cannot do without it.
-        apply: Called with the loaded module.
-    """
+    """One change of one target."""
 
     target: str
+    """"package.module:qualified.name"."""
     reason: str
+    """Why the CPU backend cannot do without it."""
     apply: Callable[[ModuleType], None] = field(repr=False)
+    """Called with the module once it is loaded."""
 
     @property
     def module(self) -> str:

@@ -7,7 +7,6 @@ where they are used. What `.cuda()` returns is the tensor itself, as on a GPU fo
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -93,7 +92,8 @@ def _wrap_tensor_methods() -> None:
     def nothing(self: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         """Main memory is not handed out by streams, so there is nothing to record."""
 
-    for name, method in (("to", redirected_to), ("type", redirected_type), ("cuda", cuda), ("pin_memory", same), ("record_stream", nothing)):
+    methods = {"to": redirected_to, "type": redirected_type, "cuda": cuda, "pin_memory": same, "record_stream": nothing}
+    for name, method in methods.items():
         set_attribute(torch.Tensor, name, method)
     for storage in (torch.UntypedStorage, torch.TypedStorage):
         set_attribute(storage, "cuda", cuda)
@@ -110,7 +110,7 @@ def _wrap_contexts() -> None:
         enter_context(self, CPU if names_cuda(device) else device)
 
     @functools.wraps(enter_autocast)
-    def autocast_init(self: Any, device_type: str, dtype: torch.dtype | None = None, enabled: bool = True, *args: Any, **kwargs: Any) -> None:
+    def autocast_init(self: Any, device_type: str, dtype: Any = None, enabled: bool = True, *args: Any, **kwargs: Any) -> None:
         if device_type == "cuda":
             device_type, dtype = "cpu", dtype or torch.get_autocast_dtype("cuda")
         enter_autocast(self, device_type, dtype, enabled, *args, **kwargs)
@@ -140,6 +140,6 @@ def _no_location(storage: Any) -> None:
     """Claims no storage for saving: everything that is saved lies on the CPU."""
 
 
-def _keep_in_memory(storage: Callable[..., Any], location: str) -> Any:
+def _keep_in_memory(storage: Any, location: str) -> Any:
     """Restores what was saved from a GPU, or is asked to go to one, into main memory."""
     return storage if location.startswith("cuda") else None
