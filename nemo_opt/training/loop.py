@@ -1,0 +1,244 @@
+"""The training loop: steps, validation, the metrics log, resume. `train` is the call for most; `TrainingRun` for who needs the parts.
+
+Decisions:
+- A NaN or infinite loss or gradient ends the run on every rank with the step and the ranks where it arose, before the weights change.
+- Rank 0 writes `metrics.jsonl` line by line: a killed run leaves what it reached. A resumed run appends.
+- Data is asked for by the number of samples consumed so far, so that a resumed run continues where the first one stopped.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nemo_opt._stack
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+from tqdm import tqdm
+
+from nemo_opt.device import local_device
+from nemo_opt.errors import NemoOptError
+from nemo_opt.parallel import Topology
+from nemo_opt.training.config import TrainingConfig
+from nemo_opt.training.evaluate import evaluate
+from nemo_opt.training.losses import Batch, LossFunction
+from nemo_opt.training.optimizer import build_optimizer, finite_gradients, wrap, zero_gradients
+from nemo_opt.training.step import MegatronStep
+
+__all__ = ["DivergedError", "TrainingResult", "TrainingRun", "train"]
+
+
+class DivergedError(NemoOptError, ArithmeticError):
+    """The loss or a gradient is not a finite number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult:
+    """What a call of `train` did."""
+
+    steps: int
+    """Optimizer steps of this call."""
+    losses: list[float]
+    """Loss of each step (nats per token), the same on every rank."""
+    validation_losses: dict[int, float]
+    """Validation loss by the step after which it was measured."""
+    validation_loss: float | None
+    """The last one of them; None where validation is off."""
+    tokens_per_s: float
+    """Over all ranks, validation not counted."""
+    step_time_s: float
+    """Mean time of a step."""
+
+
+@dataclass(kw_only=True)
+class TrainingRun:
+    """A model with its optimizer, schedule and position. The chunks are wrapped on construction."""
+
+    chunks: list[Any]
+    config: TrainingConfig
+    topology: Topology
+    loss_fn: LossFunction | None = None
+    iteration: int = 0
+    """Steps done so far."""
+    optimizer: Any = field(init=False)
+    scheduler: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.config.validate(self.topology)
+        self.num_microbatches = self.config.num_microbatches(self.topology.dp or 1)
+        self.chunks = wrap(self.chunks)
+        self.optimizer, self.scheduler = build_optimizer(self.chunks, self.config)
+
+    @property
+    def consumed_samples(self) -> int:
+        """Training samples used so far over all ranks."""
+        return self.iteration * self.config.global_batch_size
+
+    def resume(self, path: str | Path) -> None:
+        """Load weights, optimizer, schedule and position from a checkpoint that holds them."""
+        from nemo_opt.checkpoint.load import load_checkpoint
+
+        info = load_checkpoint(Path(path), self.chunks, optimizer=self.optimizer, scheduler=self.scheduler)
+        self.iteration = info.iteration
+
+    def save(self, path: str | Path, **arguments: Any) -> None:
+        """Write a checkpoint from which `resume` continues; arguments are those of `save_checkpoint`."""
+        from nemo_opt.checkpoint.save import save_checkpoint
+
+        save_checkpoint(
+            Path(path),
+            self.chunks,
+            topology=self.topology,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            iteration=self.iteration,
+            consumed_samples=self.consumed_samples,
+            **arguments,
+        )
+
+    def step(self, data_iterator: Iterator[Batch]) -> dict[str, float]:
+        """One optimizer step; returns the metrics with grad_norm and lr.
+
+        Raises:
+            DivergedError: The loss or a gradient is not finite on some rank. The weights are left as they were.
+
+        """
+        zero_gradients(self.chunks, self.optimizer)
+        forward_backward = MegatronStep(
+            model=self.chunks,
+            data_iterator=data_iterator,
+            loss_fn=self.loss_fn,
+            seq_length=self.config.seq_length,
+            micro_batch_size=self.config.micro_batch_size,
+            num_microbatches=self.num_microbatches,
+        )
+        metrics = forward_backward()
+        self._require_finite(forward_backward.local_loss_is_finite)
+        lr = get_canonical_lr_for_logging(self.optimizer.param_groups)
+        _, grad_norm, _ = self.optimizer.step()
+        self.scheduler.step(1)
+        self.iteration += 1
+        return metrics | {"grad_norm": float(grad_norm or 0.0), "lr": float(lr or 0.0)}
+
+    def _require_finite(self, loss_is_finite: bool) -> None:
+        flags = torch.tensor([[float(loss_is_finite), float(finite_gradients(self.chunks))]], device=local_device())
+        everyone = torch.empty(dist.get_world_size(), 2, device=local_device())
+        dist.all_gather_into_tensor(everyone, flags)
+        for name, column in (("loss", 0), ("gradient", 1)):
+            if ranks := [rank for rank, ok in enumerate(everyone[:, column].tolist()) if not ok]:
+                raise DivergedError(f"the {name} of step {self.iteration + 1} is not finite on rank {ranks}: lower lr or look at the data")
+
+
+def train(
+    chunks: list[Any],
+    *,
+    config: TrainingConfig,
+    topology: Topology,
+    train_batches: Callable[[int], Iterable[Batch]],
+    valid_batches_fn: Callable[[], Iterable[Batch]] | None = None,
+    loss_fn: LossFunction | None = None,
+    log_dir: str | Path | None = None,
+    resume: str | Path | None = None,
+    on_start: Callable[[TrainingRun], None] | None = None,
+    on_end: Callable[[TrainingRun], None] | None = None,
+) -> TrainingResult:
+    """Train up to `config.max_steps`. Collective.
+
+    Args:
+        chunks: This rank's part of the model; its weights are changed in place.
+        config: Steps, batch sizes, learning rate.
+        topology: The resolved layout that is set up.
+        train_batches: Given the samples consumed so far, the micro-batches of this data parallel rank from there on.
+        valid_batches_fn: The validation micro-batches, from the first one.
+        loss_fn: See `nemo_opt.training.losses`.
+        log_dir: Where rank 0 writes metrics.jsonl.
+        resume: A checkpoint with optimizer state.
+        on_start: Called before the first step.
+        on_end: Called after the last step and validation, for instance to save.
+
+    Raises:
+        ConfigError: The batch or the sequence does not fit the layout.
+        DataError: The data ends early.
+        DivergedError: The loss or a gradient is not finite.
+
+    """
+    run = TrainingRun(chunks=chunks, config=config, topology=topology, loss_fn=loss_fn)
+    if resume is not None:
+        run.resume(resume)
+    if on_start is not None:
+        on_start(run)
+    log = _MetricsLog(log_dir, append=resume is not None)
+    try:
+        result = _run_steps(run, iter(train_batches(run.consumed_samples)), valid_batches_fn, log)
+    finally:
+        log.close()
+    if on_end is not None:
+        on_end(run)
+    return result
+
+
+def _run_steps(
+    run: TrainingRun, data: Iterator[Batch], valid_batches_fn: Callable[[], Iterable[Batch]] | None, log: "_MetricsLog"
+) -> TrainingResult:
+    config, first = run.config, run.iteration
+    losses: list[float] = []
+    validation: dict[int, float] = {}
+    time_s = 0.0
+    for _ in _progress(range(first, config.max_steps)):
+        start = time.perf_counter()
+        metrics = run.step(data)
+        duration = time.perf_counter() - start
+        time_s += duration
+        losses.append(metrics["loss"])
+        if run.iteration % config.log_interval == 0 or run.iteration == config.max_steps:
+            tokens = config.global_batch_size * config.seq_length
+            log.write(step=run.iteration, **metrics, tokens_per_s=tokens / duration, step_time_s=duration)
+        if valid_batches_fn is not None and _validation_is_due(config, run.iteration):
+            validation[run.iteration] = evaluate(run.chunks, valid_batches_fn(), config.limit_val_batches)
+            log.write(step=run.iteration, validation_loss=validation[run.iteration])
+    steps = run.iteration - first
+    return TrainingResult(
+        steps=steps,
+        losses=losses,
+        validation_losses=validation,
+        validation_loss=validation[max(validation)] if validation else None,
+        tokens_per_s=steps * config.global_batch_size * config.seq_length / time_s if time_s else 0.0,
+        step_time_s=time_s / steps if steps else math.nan,
+    )
+
+
+def _validation_is_due(config: TrainingConfig, step: int) -> bool:
+    if config.limit_val_batches == 0:
+        return False
+    return step == config.max_steps or (config.val_check_interval > 0 and step % config.val_check_interval == 0)
+
+
+def _progress(steps: range) -> Iterable[int]:
+    """A bar for a person: on rank 0, where stderr is a terminal."""
+    return tqdm(
+        steps, desc="train", unit="step", initial=steps.start, total=steps.stop, disable=dist.get_rank() != 0 or not sys.stderr.isatty()
+    )
+
+
+class _MetricsLog:
+    """metrics.jsonl of rank 0; on other ranks, and without a directory, it swallows lines."""
+
+    def __init__(self, directory: str | Path | None, *, append: bool) -> None:
+        self._file = None
+        if directory is not None and dist.get_rank() == 0:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            self._file = (Path(directory) / "metrics.jsonl").open("a" if append else "w", buffering=1)
+
+    def write(self, **values: float) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(values) + "\n")
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
