@@ -172,7 +172,6 @@ def model_config_of(model: Any) -> ModelConfig:
         norm_epsilon=gpt_model.config.layernorm_epsilon,
         tie_embeddings=gpt_model.share_embeddings_and_output_weights,
         init_method_std=gpt_model.config.init_method_std,
-        num_moe_experts=gpt_model.config.num_moe_experts,
         moe_router_topk=gpt_model.config.moe_router_topk,
         **sizes,
     )
