@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -62,7 +62,7 @@ def hash_files(root: Path, names: Iterable[str], *, progress: bool = False) -> d
         return {name: _hash_file(path, bar) for name, path in paths.items()}
 
 
-def _hash_file(path: Path, bar: "tqdm[None]") -> FileEntry:
+def _hash_file(path: Path, bar: "tqdm[Any]") -> FileEntry:
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as stream:
         while chunk := stream.read(CHUNK_BYTES):
