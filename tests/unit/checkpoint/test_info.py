@@ -112,7 +112,7 @@ def test_a_file_is_no_checkpoint(tmp_path):
 def test_verify_compares_contents_only_if_deep(info):
     (info.path / "weights" / "__0_0.distcp").write_bytes(b"WEIGHTS")
     assert verify(info.path, deep=False) == info
-    with pytest.raises(CheckpointError, match="__0_0.distcp is altered"):
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp is altered"):
         verify(info.path)
 
 
