@@ -55,23 +55,23 @@ def _weights(directory):
 
 def _logits(chunks, tokens_BS):  # noqa: N803
     """Logits [B, S, V] through Megatron's schedule: on the last pipeline stage, None elsewhere."""
-    positions_BS = torch.arange(SEQ_LENGTH).expand(BATCH, SEQ_LENGTH)
+    positions_BS = torch.arange(SEQ_LENGTH).expand(1, SEQ_LENGTH)
 
-    def step(_, model):
-        output = model(tokens_BS, positions_BS, None)
+    def step(microbatches, model):
+        output = model(next(microbatches), positions_BS, None)
         return output, lambda output, **_: tensor_parallel.gather_from_tensor_model_parallel_region(output)
 
     collected = get_forward_backward_func()(
         forward_step_func=step,
-        data_iterator=None if len(chunks) == 1 else [None] * len(chunks),
+        data_iterator=[iter(tokens_BS.split(1)) for _ in chunks],
         model=chunks,
-        num_microbatches=1,
+        num_microbatches=BATCH,
         seq_length=SEQ_LENGTH,
-        micro_batch_size=BATCH,
+        micro_batch_size=1,
         forward_only=True,
         collect_non_loss_data=True,
     )
-    return collected[0] if collected else None
+    return torch.cat(collected) if collected else None
 
 
 def _import_and_compare(directory, name, spec, out_dir):
