@@ -4,7 +4,9 @@ Decisions: one compute thread a rank (several ranks share few cores), and no CUD
 """
 
 import os
+import warnings
 from importlib import import_module
+from importlib.util import find_spec
 
 __all__ = ["MODULES"]
 
@@ -25,5 +27,9 @@ MODULES = (
 )
 """What the tests' functions import sooner or later; the first one activates the device backend."""
 
-for _name in MODULES:
-    import_module(_name)
+_OF_TESTS = ("pytest", "hypothesis")  # what test modules import at their top; absent where only the package is installed
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # the test process shows upstream's once already
+    for _name in (*MODULES, *filter(find_spec, _OF_TESTS)):
+        import_module(_name)

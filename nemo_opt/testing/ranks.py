@@ -266,8 +266,8 @@ def _rank_main(rank: int, size: int, folder: str, connection: Connection) -> Non
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
     _answer(connection, lambda: _join_world(rank, size, folder))
     while message := _next_message(connection):
+        output.truncate(0)  # not after the call: its output explains a failure
         _answer(connection, lambda message=message: _run(message))  # type: ignore[misc]
-        output.truncate(0)
     import torch.distributed as dist
 
     if dist.is_initialized():
