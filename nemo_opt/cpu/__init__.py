@@ -37,16 +37,11 @@ def activate() -> None:
 
     if torch.cuda.is_initialized():
         raise ConfigError("the CPU backend was asked for, but this process uses CUDA already; choose the device before the first tensor")
-    from nemo_opt.cpu import collectives, cuda, devices, megatron, patches, redirect, rng, streams  # noqa: F401 (megatron registers)
+    from nemo_opt.cpu import collectives, cuda, devices, megatron, patches, redirect, rng, streams, transformer_engine  # noqa: F401 (megatron registers)
 
     devices.pretend(int(os.environ.get(DEVICES_VARIABLE, "0")))
     for part in (redirect, cuda, rng, streams, collectives):
         part.install()
-    try:
-        from nemo_opt.cpu import transformer_engine
-    except ImportError:
-        pass
-    else:
-        transformer_engine.install()
+    transformer_engine.install()
     patches.install()
     _active = True
