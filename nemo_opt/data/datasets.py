@@ -56,6 +56,8 @@ def build_datasets(config: DataConfig, tokenizer: Tokenizer, train_samples: int,
     final = config.cache_dir / "indices" / _fingerprint(config, tokenizer, sources, train_samples, valid_samples)
     cache = on_rank_zero(lambda: final if final.is_dir() else _directory_beside(final))
     datasets = _build(GPTDataset, _megatron_config(config, tokenizer, blend, cache), train_samples, valid_samples)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # the other ranks open the files that rank 0 built; only then may their directory be renamed
     on_rank_zero(lambda: _publish(cache, final))
     return datasets
 
