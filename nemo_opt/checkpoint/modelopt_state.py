@@ -17,6 +17,7 @@ from typing import Any
 import nemo_opt._stack
 
 import modelopt.torch.opt as mto
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
@@ -72,24 +73,32 @@ def restore_modelopt_state(chunks: Sequence[Any], weights: Path, metadata: Metad
     modes = dist_checkpointing.load_common_state_dict(weights / STATE_NAME)
     for chunk in chunks:
         model = unwrap(chunk)
+        _make_finite(model)
         if mto.restore_from_modelopt_state(model, copy.deepcopy(modes)) is not model:
             raise CheckpointError(f"ModelOpt replaced the model while restoring {[name for name, _ in modes['modelopt_state_dict']]}")
     _restore_modules(chunks, weights, metadata)
 
 
+def _make_finite(model: torch.nn.Module) -> None:
+    """ModelOpt measures the weights to find the shapes of its buffers, and refuses NaN; the true weights come later."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+
+
 def _restore_modules(chunks: Sequence[Any], weights: Path, metadata: Metadata) -> None:
-    state, _ = extract_matching_values(model_state(chunks), lambda value: isinstance(value, ShardedObject) and is_extra_state(value.key))
-    state = drop_absent(state, metadata)
-    loaded = dist_checkpointing.load(state, str(weights), validate_access_integrity=False)
+    wanted, _ = extract_matching_values(model_state(chunks), lambda value: isinstance(value, ShardedObject) and is_extra_state(value.key))
+    loaded = dist_checkpointing.load(drop_absent(wanted, metadata), str(weights), validate_access_integrity=False)
     for chunk, name in zip(chunks, chunk_names(chunks), strict=True):
-        _set_extra_states(unwrap(chunk), loaded.get(name, {}))
+        _set_extra_states(unwrap(chunk), wanted.get(name, {}), loaded.get(name, {}))
 
 
-def _set_extra_states(model: Any, loaded: dict[str, Any]) -> None:
+def _set_extra_states(model: Any, wanted: dict[str, Any], loaded: dict[str, Any]) -> None:
     for name, module in model.named_modules():
-        if not hasattr(module, "modelopt_set_extra_state_callbacks"):
+        key = f"{name}._extra_state"
+        if not hasattr(module, "modelopt_set_extra_state_callbacks") or key not in wanted:
             continue
-        if (entry := loaded.get(f"{name}._extra_state")) is not None:
-            module.set_extra_state(entry)
-        elif not name.endswith("output_layer"):  # which has no state unless it is quantised; the modes' settings hold for it
-            raise CheckpointError(f"the checkpoint lacks ModelOpt's state of {name}: it was saved from other modules")
+        if key not in loaded:
+            raise CheckpointError(f"the checkpoint lacks ModelOpt's state of {name}: it was saved from a model of other modules")
+        # load_state_dict would not call it: ModelOpt overrides the method of the instance, torch looks at the class
+        module.set_extra_state(loaded[key])
