@@ -15,6 +15,7 @@ from nemo_opt.cpu.transformer_engine._alias import install, is_installed
 
 __all__ = ["__version__", "install", "is_installed"]
 
-__version__ = "2.3.0"
-"""The announced version. 2.3 is the first with interleaved fused RoPE in `pytorch.attention.rope`; from 2.7 on Megatron-Core imports
-`pytorch.router` unconditionally, from 2.14 on it passes `single_grouped_weight` to `GroupedLinear`."""
+__version__ = "2.9.0"
+"""The announced version. With it Megatron-Core offers what is implemented here: interleaved fused RoPE (from 2.3), the fused router (2.7),
+attention sinks (`softmax_type`, 2.8), the largest attention logit for QK clip (2.9). From 2.10 on it asks for `num_splits`, from 2.12 for
+padding inside the token permutation, from 2.14 for grouped weights in one tensor, none of which is here."""

@@ -21,7 +21,7 @@ def thd_get_partitioned_indices(cu_seqlens: torch.Tensor, total_tokens: int, wor
     """
     if world_size == 1:
         return torch.arange(total_tokens, dtype=torch.int32)
-    pieces = []
+    pieces: list[torch.Tensor] = []
     for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
         if (end - start) % (2 * world_size):
             raise ValueError(f"A packed sequence of {end - start} tokens cannot be cut into 2 * {world_size} equal chunks; pad it.")

@@ -4,7 +4,7 @@ import torch
 
 from nemo_opt.errors import ConfigError
 
-__all__ = ["MASK_TYPES", "combine", "normalise_mask_type", "padding_allowed", "position_allowed", "window_of"]
+__all__ = ["MASK_TYPES", "combine", "normalise_mask_type", "padding_allowed", "padding_of_bounds", "position_allowed", "window_of"]
 
 MASK_TYPES = ("no_mask", "padding", "causal", "padding_causal", "causal_bottom_right", "padding_causal_bottom_right", "arbitrary")
 
@@ -61,6 +61,29 @@ def padding_allowed(mask: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> t
     else:
         query_padding = key_padding = mask
     return ~(query_padding.transpose(-1, -2) | key_padding)
+
+
+def padding_of_bounds(
+    query: torch.Tensor | None, key: torch.Tensor | None, num_queries: int, num_keys: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Padding masks ([B, 1, 1, Sq], [B, 1, 1, Sk]) of sequences that start at their row's first token.
+
+    Args:
+        query: [B + 1] bounds of the queries' tokens.
+        key: [B + 1] bounds of the keys' tokens.
+        num_queries: Sq.
+        num_keys: Sk.
+
+    Raises:
+        ConfigError: bounds are missing.
+    """
+    if query is None or key is None:
+        raise ConfigError("A padding mask needs attention_mask, or cu_seqlens_q and cu_seqlens_kv.")
+    return _beyond(query, num_queries), _beyond(key, num_keys)
+
+
+def _beyond(bounds: torch.Tensor, size: int) -> torch.Tensor:
+    return (torch.arange(size)[None, :] >= (bounds[1:] - bounds[:-1])[:, None])[:, None, None, :]
 
 
 def combine(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.Tensor | None:

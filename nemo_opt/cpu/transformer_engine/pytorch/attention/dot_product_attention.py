@@ -8,21 +8,23 @@ Decisions:
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed import ProcessGroup
-from torch.nn import functional
 
+from nemo_opt.cpu.transformer_engine.pytorch.attention._core import CoreOptions, attend
 from nemo_opt.cpu.transformer_engine.pytorch.attention._masks import (
     combine,
     normalise_mask_type,
     padding_allowed,
+    padding_of_bounds,
     position_allowed,
     window_of,
 )
+from nemo_opt.cpu.transformer_engine.pytorch.attention._packed import PackedBounds, attend_packed
 from nemo_opt.cpu.transformer_engine.pytorch.attention._positions import gather_sequence, rank_positions
 from nemo_opt.cpu.transformer_engine.pytorch.module.base import TransformerEngineBaseModule, refuse_options
 from nemo_opt.errors import ConfigError
@@ -31,6 +33,8 @@ __all__ = ["DotProductAttention"]
 
 _FORMATS = ("sbhd", "bshd", "thd")
 _CP_COMM_TYPES = ("p2p", "all_gather", "a2a")
+_SOFTMAX_TYPES = ("vanilla", "off-by-one", "learnable")
+_Mask = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +71,8 @@ class DotProductAttention(TransformerEngineBaseModule):
         cp_stream: without effect.
         cp_comm_type: "p2p", "all_gather" or "a2a"; all give the same result.
         softmax_scale: factor of the scores; 1 / sqrt(size of a head) by default.
+        softmax_type: "vanilla"; "off-by-one" adds 1 to the denominator, "learnable" the exponential of a parameter of each head.
+        return_max_logit: also return the largest score of each head.
 
     Raises:
         ConfigError: a setting is unknown, or heads do not divide.
@@ -92,6 +98,8 @@ class DotProductAttention(TransformerEngineBaseModule):
         cp_stream: Any = None,
         cp_comm_type: str = "p2p",
         softmax_scale: float | None = None,
+        softmax_type: str = "vanilla",
+        return_max_logit: bool | None = False,
     ) -> None:
         super().__init__()
         self._set_parallel_state(tp_group, tp_size, sequence_parallel)
@@ -111,10 +119,20 @@ class DotProductAttention(TransformerEngineBaseModule):
         self.hidden_size_per_attention_head_k, self.hidden_size_per_attention_head_v = key_size, value_size
         self.softmax_scale = 1.0 / math.sqrt(key_size) if softmax_scale is None else softmax_scale
         self.attention_dropout = attention_dropout
+        self.return_max_logit = bool(return_max_logit)
+        self.softmax_type = _known("softmax_type", softmax_type, _SOFTMAX_TYPES)
+        self._make_softmax_offset()
         tracked = get_rng_state_tracker is not None and not sequence_parallel
         self._get_rng_state_tracker = get_rng_state_tracker if tracked else None
         self.set_context_parallel_group(cp_group, cp_global_ranks, cp_stream, cp_comm_type)
         self.register_load_state_dict_post_hook(_forgive_missing_extra_state)
+
+    def _make_softmax_offset(self) -> None:
+        heads = self.num_attention_heads // self.tp_size
+        if self.softmax_type == "learnable":
+            self._add_parameter("softmax_offset", torch.zeros(heads), torch.nn.init.zeros_)
+        else:
+            self.softmax_offset = torch.zeros(heads) if self.softmax_type == "off-by-one" else None
 
     def set_context_parallel_group(
         self, cp_group: ProcessGroup | None, cp_global_ranks: list[int] | None, cp_stream: Any, cp_comm_type: str = "p2p"
@@ -151,7 +169,7 @@ class DotProductAttention(TransformerEngineBaseModule):
         fast_zero_fill: bool = True,
         inference_params: Any = None,
         pad_between_seqs: bool | None = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Attend.
 
         Args:
@@ -178,7 +196,7 @@ class DotProductAttention(TransformerEngineBaseModule):
             pad_between_seqs: without effect: padding is always taken from the bounds.
 
         Returns:
-            [S, B, H * Dv], [B, S, H * Dv] or [T, H * Dv].
+            [S, B, H * Dv], [B, S, H * Dv] or [T, H * Dv]; with `return_max_logit` also [H], the largest score of each head.
 
         Raises:
             ConfigError: a setting is refused, or the arguments do not fit together.
@@ -187,15 +205,15 @@ class DotProductAttention(TransformerEngineBaseModule):
         bias = self._bias(core_attention_bias_type, core_attention_bias)
         call = self._call(qkv_format, attn_mask_type, window_size, bias)
         if call.qkv_format == "thd":
-            bounds = (cu_seqlens_q, cu_seqlens_kv, cu_seqlens_q_padded, cu_seqlens_kv_padded)
-            return self._attend_packed(query_layer, key_layer, value_layer, call, bounds)
-        if call.qkv_format == "bshd":
-            query_layer, key_layer, value_layer = (t.transpose(0, 1) for t in (query_layer, key_layer, value_layer))
-        mask = attention_mask
-        if "padding" in call.mask_type and mask is None:
-            mask = _mask_from_bounds(cu_seqlens_q, cu_seqlens_kv, query_layer.shape[0], key_layer.shape[0])
-        out = self._attend_batch(query_layer, key_layer, value_layer, call, mask)
-        return out.transpose(0, 1) if call.qkv_format == "bshd" else out
+            bounds = PackedBounds(query=cu_seqlens_q, key=cu_seqlens_kv, query_padded=cu_seqlens_q_padded, key_padded=cu_seqlens_kv_padded)
+            out, maxima = self._attend_packed(query_layer, key_layer, value_layer, call, bounds)
+        else:
+            mask = attention_mask
+            if "padding" in call.mask_type and mask is None:
+                sequence = 1 if call.qkv_format == "bshd" else 0
+                mask = padding_of_bounds(cu_seqlens_q, cu_seqlens_kv, query_layer.shape[sequence], key_layer.shape[sequence])
+            out, maxima = self._attend_batch(query_layer, key_layer, value_layer, call, mask)
+        return (out, self._largest_logit(maxima)) if self.return_max_logit else out
 
     def _call(self, qkv_format: str | None, mask_type: str | None, window: tuple[int, int] | None, bias: torch.Tensor | None) -> _Call:
         kind = self.attn_mask_type if mask_type is None else normalise_mask_type(mask_type)
@@ -215,105 +233,78 @@ class DotProductAttention(TransformerEngineBaseModule):
             raise ConfigError(f"core_attention_bias_type={kind!r} needs core_attention_bias, and to be pre_scale_bias or post_scale_bias.")
         return bias * self.softmax_scale if kind == "pre_scale_bias" else bias
 
-    def _attend_batch(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: _Call, mask: Any) -> torch.Tensor:
-        """Attention of [S, B, H, D] tensors, whole or cut by context parallelism."""
+    def _attend_batch(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: _Call, mask: _Mask
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Attention of [S, B, H, D] or [B, S, H, D] tensors, whole or cut by context parallelism."""
+        batch_first = call.qkv_format == "bshd"
+        if batch_first:
+            query, key, value = (t.transpose(0, 1) for t in (query, key, value))
         group = self._cp_group()
         if group is not None:
-            self._check_cut(query, key, call, mask)
-            ranks, rank = group.size(), group.rank()
-            length = query.shape[0] * ranks
+            self._check_cut(query, key, call)
             key, value = gather_sequence(key, value, group)
-            query_positions = rank_positions(length, ranks, rank)
-            key_positions = torch.cat([rank_positions(length, ranks, r) for r in range(ranks)])
-        else:
-            query_positions = torch.arange(query.shape[0])
-            key_positions = torch.arange(key.shape[0])
-            if call.bottom_right:
-                query_positions = query_positions + key.shape[0] - query.shape[0]
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        options = self._core_options()
         if group is None and call.mask_type == "causal" and call.window == (-1, 0) and call.bias is None:
-            out = self._core(q, k, v, None, causal=True)
+            out, largest = attend(q, k, v, options, causal=True)
         else:
-            allowed = position_allowed(query_positions, key_positions, call.window)
-            if "padding" in call.mask_type and mask is not None:
-                allowed = combine(allowed, padding_allowed(mask))
-            elif call.mask_type == "arbitrary" and mask is not None:
-                allowed = combine(allowed, ~mask)
-            out = self._core(q, k, v, allowed, bias=call.bias)
-        return out.permute(2, 0, 1, 3).flatten(2)
+            allowed = self._allowed(query.shape[0], key.shape[0], call, mask)
+            out, largest = attend(q, k, v, options, allowed=allowed, bias=call.bias)
+        out = out.permute(0, 2, 1, 3) if batch_first else out.permute(2, 0, 1, 3)
+        return out.flatten(2), [] if largest is None else [largest]
+
+    def _allowed(self, num_queries: int, num_keys: int, call: _Call, mask: _Mask) -> torch.Tensor | None:
+        """What each of this rank's queries may see of all keys, broadcast to [B, H, Sq, Sk]; None for everything."""
+        group = self._cp_group()
+        if group is not None:
+            ranks = group.size()
+            query_positions = rank_positions(num_keys, ranks, group.rank())
+            key_positions = torch.cat([rank_positions(num_keys, ranks, rank) for rank in range(ranks)])
+            return position_allowed(query_positions, key_positions, call.window)
+        shift = num_keys - num_queries if call.bottom_right else 0
+        allowed = position_allowed(torch.arange(num_queries) + shift, torch.arange(num_keys), call.window)
+        if mask is None or call.mask_type in ("no_mask", "causal", "causal_bottom_right"):
+            return allowed
+        if call.mask_type == "arbitrary":
+            assert isinstance(mask, torch.Tensor)
+            return combine(allowed, ~mask)
+        if call.mask_type == "padding_causal_bottom_right" and num_queries != num_keys:
+            raise ConfigError(
+                'padding_causal_bottom_right with more keys than queries needs packed sequences (qkv_format="thd") in the CPU reference.'
+            )
+        return combine(allowed, padding_allowed(mask))
 
     def _attend_packed(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: _Call, bounds: tuple[torch.Tensor | None, ...]
-    ) -> torch.Tensor:
-        """Attention within each of the sequences packed in [T, H, D] tensors."""
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: _Call, bounds: PackedBounds
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         if "padding" not in call.mask_type or call.bias is not None:
             raise ConfigError(f'qkv_format="thd" takes padding masks and no bias; got attn_mask_type={call.mask_type!r}.')
-        cu_q, cu_k, cu_q_padded, cu_k_padded = bounds
-        if cu_q is None or cu_k is None:
-            raise ConfigError('qkv_format="thd" needs cu_seqlens_q and cu_seqlens_kv.')
+        options, group = self._core_options(), self._cp_group()
+        return attend_packed(query, key, value, bounds, options, window=call.window, bottom_right=call.bottom_right, group=group)
+
+    def _core_options(self) -> CoreOptions:
+        return CoreOptions(
+            scale=self.softmax_scale,
+            dropout=self.attention_dropout if self.training else 0.0,
+            rng=self._rng_fork,
+            offset=self.softmax_offset,
+            want_max=self.return_max_logit,
+        )
+
+    def _largest_logit(self, maxima: list[torch.Tensor]) -> torch.Tensor:
+        """[H] over all sequences and context-parallel ranks."""
+        largest = torch.stack(maxima).amax(0)
         group = self._cp_group()
-        ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
         if group is not None:
-            key, value = gather_sequence(key, value, group)
-        queries = _sequences(cu_q, cu_q_padded, ranks)
-        keys = _sequences(cu_k, cu_k_padded, ranks)
-        key_shards, value_shards = key.chunk(ranks), value.chunk(ranks)
-        pieces = []
-        end = 0
-        for (q_start, q_rows, q_length), (k_start, k_rows, k_length) in zip(queries, keys, strict=True):
-            pieces.append(_zeros(query, value, q_start - end))
-            q_positions = rank_positions(q_rows * ranks, ranks, rank)
-            k_positions = torch.cat([rank_positions(k_rows * ranks, ranks, r) for r in range(ranks)])
-            k_piece = torch.cat([shard[k_start : k_start + k_rows] for shard in key_shards])
-            v_piece = torch.cat([shard[k_start : k_start + k_rows] for shard in value_shards])
-            shift = k_length - q_length if call.bottom_right else 0
-            allowed = position_allowed(q_positions + shift, k_positions, call.window)
-            tokens = (q_positions < q_length)[:, None] & (k_positions < k_length)[None, :]
-            allowed = combine(allowed, None if bool(tokens.all()) else tokens)
-            q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (query[q_start : q_start + q_rows], k_piece, v_piece))
-            pieces.append(self._core(q, k, v, allowed)[0].transpose(0, 1).flatten(1))
-            end = q_start + q_rows
-        pieces.append(_zeros(query, value, query.shape[0] - end))
-        return torch.cat(pieces)
-
-    def _core(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        allowed: torch.Tensor | None,
-        *,
-        causal: bool = False,
-        bias: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """[B, H, Sq, Dv] from [B, H, Sq, D], [B, G, Sk, D] and [B, G, Sk, Dv]."""
-        if q.shape[1] != k.shape[1]:
-            repeats = q.shape[1] // k.shape[1]
-            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-        sees_any = None
-        if allowed is not None:
-            sees_any = allowed.any(-1, keepdim=True)
-            if bool(sees_any.all()):
-                sees_any = None
-            else:
-                allowed = allowed | ~sees_any
-        mask = allowed
-        if bias is not None:
-            mask = bias.to(q.dtype) if allowed is None else bias.to(q.dtype).masked_fill(~allowed, float("-inf"))
-        dropout = self.attention_dropout if self.training else 0.0
-        with self._dropout_rng(dropout):
-            out = functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=self.softmax_scale
-            )
-        return out if sees_any is None else out * sees_any
-
-    def _dropout_rng(self, dropout: float) -> AbstractContextManager[Any]:
-        return self._rng_fork() if dropout > 0 else nullcontext()
+            largest = largest.detach().clone()
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        return largest
 
     def _cp_group(self) -> ProcessGroup | None:
         return None if self.cp_group is None or self.cp_group.size() == 1 else self.cp_group
 
-    def _check_cut(self, query: torch.Tensor, key: torch.Tensor, call: _Call, mask: Any) -> None:
+    def _check_cut(self, query: torch.Tensor, key: torch.Tensor, call: _Call) -> None:
         if call.mask_type not in ("causal", "no_mask") or call.bias is not None:
             raise ConfigError(
                 f"Context parallelism takes the mask types causal and no_mask without a bias, got {call.mask_type!r}. "
@@ -327,33 +318,6 @@ def _known(name: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ConfigError(f"DotProductAttention({name}={value!r}) is not in the CPU reference; choose one of {', '.join(choices)}.")
     return value
-
-
-def _zeros(query: torch.Tensor, value: torch.Tensor, rows: int) -> torch.Tensor:
-    """Output rows of tokens between sequences."""
-    return query.new_zeros(rows, query.shape[1] * value.shape[-1])
-
-
-def _sequences(cu: torch.Tensor, cu_padded: torch.Tensor | None, ranks: int) -> list[tuple[int, int, int]]:
-    """(first row on this rank, rows on this rank, tokens without padding on all ranks) of each packed sequence."""
-    bounds = (cu if cu_padded is None else cu_padded).tolist()
-    lengths = (cu[1:] - cu[:-1]).tolist()
-    return [(start // ranks, (end - start) // ranks, n) for start, end, n in zip(bounds[:-1], bounds[1:], lengths, strict=True)]
-
-
-def _mask_from_bounds(cu_q: torch.Tensor | None, cu_k: torch.Tensor | None, sq: int, sk: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Padding masks ([B, 1, 1, Sq], [B, 1, 1, Sk]) of sequences that start at their row's first token.
-
-    Raises:
-        ConfigError: there are no bounds.
-    """
-    if cu_q is None or cu_k is None:
-        raise ConfigError("A padding mask needs attention_mask, or cu_seqlens_q and cu_seqlens_kv.")
-
-    def mask(cu: torch.Tensor, size: int) -> torch.Tensor:
-        return (torch.arange(size)[None, :] >= (cu[1:] - cu[:-1])[:, None])[:, None, None, :]
-
-    return mask(cu_q, sq), mask(cu_k, sk)
 
 
 def _forgive_missing_extra_state(module: torch.nn.Module, incompatible_keys: Any) -> None:

@@ -28,6 +28,8 @@ class NormModule(TransformerEngineBaseModule):
     """
 
     _has_bias: bool
+    weight: torch.nn.Parameter
+    bias: torch.nn.Parameter
 
     def __init__(
         self,
@@ -51,14 +53,17 @@ class NormModule(TransformerEngineBaseModule):
         self.eps = eps
         self.zero_centered_gamma = zero_centered_gamma
         self.sequence_parallel = bool(sequence_parallel)
-        where = {"dtype": dtype or params_dtype or torch.get_default_dtype(), "device": resolve_device(device)}
+        dtype = dtype or params_dtype or torch.get_default_dtype()
+        device = resolve_device(device)
         first = torch.nn.init.zeros_ if zero_centered_gamma else torch.nn.init.ones_
-        parameters = [self._add_parameter("weight", torch.empty(self.normalized_shape, **where), first)]
+        parameters = [self._add_parameter("weight", torch.empty(self.normalized_shape, dtype=dtype, device=device), first)]
         if self._has_bias:
-            parameters.append(self._add_parameter("bias", torch.empty(self.normalized_shape, **where), torch.nn.init.zeros_))
+            parameters.append(
+                self._add_parameter("bias", torch.empty(self.normalized_shape, dtype=dtype, device=device), torch.nn.init.zeros_)
+            )
         for parameter in parameters:
             parameter.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
-        self.reset_parameters(defer_init=where["device"].type == "meta")
+        self.reset_parameters(defer_init=device.type == "meta")
 
     def reset_layer_norm_parameters(self) -> None:
         """Older name of `reset_parameters`."""

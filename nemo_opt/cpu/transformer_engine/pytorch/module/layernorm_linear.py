@@ -113,6 +113,9 @@ class LayerNormLinear(Linear):
         ConfigError: as for `Linear`, or the normalisation is unknown.
     """
 
+    layer_norm_weight: torch.nn.Parameter
+    layer_norm_bias: torch.nn.Parameter | None
+
     def __init__(
         self,
         in_features: int,
@@ -199,8 +202,14 @@ class LayerNormLinear(Linear):
         ln_weight, ln_bias, weight = self.layer_norm_weight, self.layer_norm_bias, self.weight
         bias = self.bias if self.apply_bias and not self.gemm_bias_unfused_add else None
         dtype = activation_dtype(type(self).__name__, inp, ln_weight, ln_bias, weight, self.bias)
-        tensors = [t if t is None else t.to(dtype) for t in (inp, ln_weight, ln_bias, weight, bias)]
-        args = (*tensors, self._fused_options())
+        args = (
+            inp.to(dtype),
+            ln_weight.to(dtype),
+            None if ln_bias is None else ln_bias.to(dtype),
+            weight.to(dtype),
+            None if bias is None else bias.to(dtype),
+            self._fused_options(),
+        )
         with no_autocast():
             result = _LayerNormLinear.apply(*args) if torch.is_grad_enabled() else _LayerNormLinear.forward(None, *args)
         out, *ln_out = result if isinstance(result, tuple) else (result,)

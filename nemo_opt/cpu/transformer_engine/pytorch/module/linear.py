@@ -176,6 +176,9 @@ class Linear(TransformerEngineBaseModule):
         ConfigError: an option that is refused is set, or sizes do not divide.
     """
 
+    weight: torch.nn.Parameter
+    bias: torch.Tensor
+
     def __init__(
         self,
         in_features: int,
