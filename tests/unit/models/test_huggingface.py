@@ -74,19 +74,23 @@ def _logits(chunks, tokens_BS):  # noqa: N803
     return torch.cat(collected) if collected else None
 
 
-def _import_and_compare(directory, name, spec, out_dir):
-    """The largest error relative to the largest logit, at the layout `name`; exports to `out_dir` then."""
-    topology = Topology.from_name(name)
+def _import_compare_export(directory, topology, spec, out_dir):
+    """The largest error relative to the largest logit; None on all but the last pipeline stage."""
     tokens_BS, expected_BSV = torch.load(directory / "logits.pt")
-    with parallel(topology):
-        chunks = build_model(config_from_hf(directory), topology, spec=spec, seed=None)
-        import_hf(directory, chunks)
-        with torch.no_grad():
-            logits_BSV = _logits(chunks, tokens_BS)
-        export_hf(chunks, out_dir)
+    chunks = build_model(config_from_hf(directory), topology, spec=spec, seed=None)
+    import_hf(directory, chunks)
+    with torch.no_grad():
+        logits_BSV = _logits(chunks, tokens_BS)
+    export_hf(chunks, out_dir)
     if logits_BSV is None:
         return None
     return ((logits_BSV[..., :300] - expected_BSV).abs().max() / expected_BSV.abs().max()).item()
+
+
+def _at_layout(directory, name, spec, out_dir):
+    topology = Topology.from_name(name)
+    with parallel(topology):
+        return _import_compare_export(directory, topology, spec, out_dir)
 
 
 def _round_trip_is_exact(directory, out_dir):
@@ -96,8 +100,8 @@ def _round_trip_is_exact(directory, out_dir):
 
 @pytest.mark.parametrize("spec", ["local", "te"])
 @pytest.mark.parametrize("model", MODELS)
-def test_logits_are_those_of_transformers(hf_dirs, tmp_path, model, spec):
-    error = _import_and_compare(hf_dirs[model], "TP1PP1", spec, tmp_path / "out")
+def test_logits_are_those_of_transformers(one_rank, hf_dirs, tmp_path, model, spec):
+    error = _import_compare_export(hf_dirs[model], one_rank, spec, tmp_path / "out")
     assert error < TOL_REL
     assert _round_trip_is_exact(hf_dirs[model], tmp_path / "out")
 
@@ -113,7 +117,7 @@ def _cases(name):
     [*_cases("TP2"), *_cases("PP2"), *_cases("PP2VP2"), pytest.param("TP2", "RoPE scaling, wide heads", "te", id="TP2-RoPE scaling")],
 )
 def test_layouts_of_two_ranks(ranks, hf_dirs, tmp_path, name, model, spec):
-    errors = ranks(2).run(_import_and_compare, hf_dirs[model], name, spec, tmp_path / "out")
+    errors = ranks(2).run(_at_layout, hf_dirs[model], name, spec, tmp_path / "out")
     assert max(error for error in errors if error is not None) < TOL_REL
     assert _round_trip_is_exact(hf_dirs[model], tmp_path / "out")
 
@@ -123,19 +127,18 @@ def test_layouts_of_two_ranks(ranks, hf_dirs, tmp_path, name, model, spec):
     ("name", "model", "spec"), [*_cases("TP2PP2"), pytest.param("TP4", "RoPE scaling, wide heads", "te", id="TP4-split groups")]
 )
 def test_layouts_of_four_ranks(ranks, hf_dirs, tmp_path, name, model, spec):
-    errors = ranks(4).run(_import_and_compare, hf_dirs[model], name, spec, tmp_path / "out")
+    errors = ranks(4).run(_at_layout, hf_dirs[model], name, spec, tmp_path / "out")
     assert max(error for error in errors if error is not None) < TOL_REL
     assert _round_trip_is_exact(hf_dirs[model], tmp_path / "out")
 
 
 @pytest.fixture
-def imported(hf_dirs):
+def imported(one_rank, hf_dirs):
     """The directory of a tied model, and that model on one rank, with its weights."""
     directory = hf_dirs["tied, grouped"]
-    with parallel(Topology()):
-        chunks = build_model(config_from_hf(directory), Topology(), spec="local", seed=None)
-        import_hf(directory, chunks)
-        yield directory, chunks
+    chunks = build_model(config_from_hf(directory), one_rank, spec="local", seed=None)
+    import_hf(directory, chunks)
+    return directory, chunks
 
 
 @pytest.fixture

@@ -17,20 +17,27 @@ TINY = preset("tiny", hidden_size=32, ffn_hidden_size=48, vocab_size=300)
 MOE = TINY.with_(num_layers=2, num_moe_experts=4)
 
 
-def _digests(config, topology, spec, seed=1234):
-    with parallel(topology):
-        full = gather_full(parameter_shards(build_model(config, topology, spec=spec, seed=seed)))
+def _full(config, topology, spec="local", seed=1234):
+    return gather_full(parameter_shards(build_model(config, topology, spec=spec, seed=seed)))
+
+
+def _digests(full):
     return {key: (tuple(t.shape), hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest()) for key, t in full.items()}
 
 
 def _digests_of_layouts(config, names, specs):
-    return {(name, spec): _digests(config, Topology.from_name(name), spec) for name in names for spec in specs}
+    found = {}
+    for name in names:
+        topology = Topology.from_name(name)
+        with parallel(topology):
+            found |= {(name, spec): _digests(_full(config, topology, spec)) for spec in specs}
+    return found
 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(("size", "names"), [(2, ["TP2", "TP2SP", "PP2", "PP2VP2", "PP2FIRST1", "CP2", "DP2"]), (4, ["TP2PP2"])])
-def test_every_layout_starts_from_the_same_weights(ranks, size, names):
-    expected = _digests(TINY, Topology(), "local")
+def test_every_layout_starts_from_the_same_weights(ranks, one_rank, size, names):
+    expected = _digests(_full(TINY, one_rank))
     digests, *_ = ranks(size).run(_digests_of_layouts, TINY, names, ["te"])
     assert len(expected) == 3 + 4 * 7
     for layout, found in digests.items():
@@ -38,8 +45,8 @@ def test_every_layout_starts_from_the_same_weights(ranks, size, names):
 
 
 @pytest.mark.ranks
-def test_experts_start_from_the_same_weights_everywhere(ranks):
-    expected = _digests(MOE, Topology(), "local")
+def test_experts_start_from_the_same_weights_everywhere(ranks, one_rank):
+    expected = _digests(_full(MOE, one_rank))
     digests, *_ = ranks(2).run(_digests_of_layouts, MOE, ["EP2", "TP2"], ["local", "te"])
     assert {key.split(".experts.")[1] for key in expected if "layers.0.mlp.experts" in key} == {
         f"{expert}.linear_{weight}" for expert in range(4) for weight in ("fc1.weight_w", "fc1.weight_v", "fc2.weight")
@@ -48,20 +55,18 @@ def test_experts_start_from_the_same_weights_everywhere(ranks):
         assert found == expected, layout
 
 
-def test_both_specs_start_from_the_same_weights():
-    assert _digests(TINY, Topology(), "te") == _digests(TINY, Topology(), "local")
+def test_both_specs_start_from_the_same_weights(one_rank):
+    assert _digests(_full(TINY, one_rank, "te")) == _digests(_full(TINY, one_rank, "local"))
 
 
-def test_seeds_differ():
-    one, two = (_digests(TINY, Topology(), "local", seed=seed) for seed in (1, 2))
+def test_seeds_differ(one_rank):
+    one, two = (_digests(_full(TINY, one_rank, seed=seed)) for seed in (1, 2))
     assert {key for key in one if one[key] == two[key]} == {key for key in one if "norm" in key}
 
 
-def test_scales_are_those_of_megatron():
+def test_scales_are_those_of_megatron(one_rank):
     config = preset("tiny", num_layers=8, vocab_size=250, init_method_std=0.1)
-    with parallel(Topology()):
-        full = gather_full(parameter_shards(build_model(config, Topology(), spec="local")))
-    for key, tensor in full.items():
+    for key, tensor in _full(config, one_rank).items():
         if "norm" in key:
             assert torch.equal(tensor, torch.ones_like(tensor)), key
             continue
@@ -71,24 +76,22 @@ def test_scales_are_those_of_megatron():
         assert abs(tensor[:250].mean().item()) < 5 * std / 128, key
 
 
-def test_rows_that_pad_the_vocabulary_are_zero():
-    with parallel(Topology()):
-        full = gather_full(parameter_shards(build_model(TINY, Topology(), spec="local")))
+def test_rows_that_pad_the_vocabulary_are_zero(one_rank):
+    full = _full(TINY, one_rank)
     for key in ("embedding.word_embeddings.weight", "output_layer.weight"):
         assert full[key].shape[0] == 384
         assert not full[key][300:].any()
         assert full[key][:300].any(dim=1).all()
 
 
-def test_init_can_be_repeated_in_place():
-    with parallel(Topology()):
-        chunks = build_model(TINY, Topology(), spec="local", seed=None)
-        seeded_init(chunks, 5)
-        first = gather_full(parameter_shards(chunks))
-        for parameter in chunks[0].parameters():
-            parameter.data.fill_(torch.nan)
-        seeded_init(chunks, 5)
-        assert all(torch.equal(tensor, first[key]) for key, tensor in gather_full(parameter_shards(chunks)).items())
+def test_init_can_be_repeated_in_place(one_rank):
+    chunks = build_model(TINY, one_rank, spec="local", seed=None)
+    seeded_init(chunks, 5)
+    first = gather_full(parameter_shards(chunks))
+    for parameter in chunks[0].parameters():
+        parameter.data.fill_(torch.nan)
+    seeded_init(chunks, 5)
+    assert all(torch.equal(tensor, first[key]) for key, tensor in gather_full(parameter_shards(chunks)).items())
 
 
 @given(st.data())

@@ -11,10 +11,9 @@ TINY = preset("tiny", num_layers=2, hidden_size=32, ffn_hidden_size=48, vocab_si
 
 
 @pytest.fixture
-def model():
+def model(one_rank):
     """A tiny model on one rank, in a list as build_model returns it."""
-    with parallel(Topology()):
-        yield build_model(TINY, Topology(), spec="local")
+    return build_model(TINY, one_rank, spec="local")
 
 
 def test_keys_spell_out_the_layer_and_the_halves_of_swiglu(model):
