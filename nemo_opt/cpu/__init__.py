@@ -7,6 +7,7 @@ result: every operation is computed, `Tensor.is_cuda` stays False, figures are m
 Known only to `nemo_opt.device`, and to whoever runs `python -m nemo_opt.cpu`.
 """
 
+import importlib
 import os
 
 from nemo_opt.errors import ConfigError
@@ -14,6 +15,8 @@ from nemo_opt.errors import ConfigError
 __all__ = ["DEVICES_VARIABLE", "activate", "is_active"]
 
 DEVICES_VARIABLE = "NEMO_OPT_CPU_DEVICES"  # set by `python -m nemo_opt.cpu`: the number of pretended devices
+
+_PATCH_MODULES = ("nemo_opt.cpu.megatron", "nemo_opt.cpu.modelopt")  # importing them registers their patches
 
 _active = False
 
@@ -37,10 +40,12 @@ def activate() -> None:
 
     if torch.cuda.is_initialized():
         raise ConfigError("the CPU backend was asked for, but this process uses CUDA already; choose the device before the first tensor")
-    from nemo_opt.cpu import collectives, cuda, devices, megatron, patches, redirect, rng, streams, transformer_engine  # noqa: F401 (megatron registers)
+    from nemo_opt.cpu import collectives, cuda, devices, patches, redirect, rng, streams, transformer_engine
 
+    for name in _PATCH_MODULES:
+        importlib.import_module(name)
     devices.pretend(int(os.environ.get(DEVICES_VARIABLE, "0")))
-    for part in (redirect, cuda, rng, streams, collectives):
+    for part in (redirect, rng, streams, cuda, collectives):
         part.install()
     transformer_engine.install()
     patches.install()

@@ -116,8 +116,38 @@ def _nvtx_range(message: str, *args: Any, **kwargs: Any) -> Iterator[None]:
     yield
 
 
+def _current_accelerator(check_available: bool = False) -> torch.device | None:
+    return torch.device("cuda") if devices.device_count() or not check_available else None
+
+
+def _accelerator_functions() -> dict[str, Any]:
+    """`torch.accelerator`, PyTorch's device-neutral form of the same questions."""
+    functions: dict[str, Any] = {
+        "is_available": lambda: devices.device_count() > 0,
+        "device_count": devices.device_count,
+        "current_accelerator": _current_accelerator,
+        "current_device_index": devices.current_device,
+        "current_device_idx": devices.current_device,
+        "set_device_index": rng.set_device,
+        "set_device_idx": rng.set_device,
+        "device_index": _Device,
+        "synchronize": _nothing,
+        "current_stream": torch.cuda.current_stream,
+        "set_stream": torch.cuda.set_stream,
+        "empty_cache": _nothing,
+        "memory_allocated": _memory_allocated,
+        "memory_reserved": _memory_allocated,
+        "max_memory_allocated": _max_memory_allocated,
+        "max_memory_reserved": _max_memory_allocated,
+        "memory_stats": _memory_stats,
+        "reset_peak_memory_stats": _reset_peak,
+        "get_memory_info": _mem_get_info,
+    }
+    return {name: function for name, function in functions.items() if hasattr(torch.accelerator, name)}  # younger than torch.cuda
+
+
 def install() -> None:
-    """Replaces the functions of `torch.cuda`."""
+    """Replaces the functions of `torch.cuda`; the streams must be in place."""
     replacements: dict[str, Any] = {
         "is_available": lambda: devices.device_count() > 0,
         "device_count": devices.device_count,
@@ -148,4 +178,5 @@ def install() -> None:
         "is_bf16_supported": lambda including_emulation=True: True,
     }
     set_functions(torch.cuda, replacements)
+    set_functions(torch.accelerator, _accelerator_functions())
     set_functions(torch.cuda.nvtx, {"range_push": lambda msg: 0, "range_pop": lambda: 0, "mark": _nothing, "range": _nvtx_range})

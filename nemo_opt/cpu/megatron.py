@@ -42,6 +42,12 @@ retarget(
     names={"is_cuda": "is_cpu"},
 )
 
+retarget(
+    "megatron.core.inference.communication_utils:_is_cuda",
+    reason="asserts that what pipeline stages exchange at inference lies on a GPU; ModelOpt's generation and prefill go through it",
+    names={"is_cuda": "is_cpu"},
+)
+
 
 @when_loaded(
     "megatron.core.tensor_parallel.random:CudaRNGStatesTracker.fork",

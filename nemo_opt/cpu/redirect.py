@@ -6,7 +6,9 @@ about 0.3 us on the factories only and holds everywhere. `torch.device("cuda")` 
 where they are used. What `.cuda()` returns is the tensor itself, as on a GPU for a tensor that is there already.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch.utils import _device as torch_device_context
 from nemo_opt.cpu.devices import CPU, names_cuda
 from nemo_opt.cpu.patches import set_attribute
 
-__all__ = ["install"]
+__all__ = ["install", "suspended"]
 
 _FACTORIES = (
     "arange", "as_tensor", "asarray", "bartlett_window", "blackman_window", "empty", "empty_like", "empty_permuted", "empty_quantized",
@@ -26,6 +28,8 @@ _FACTORIES = (
 )  # fmt: skip
 _METHODS = ("new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros")
 _TYPES = ("BFloat16", "Bool", "Byte", "Char", "Double", "Float", "Half", "Int", "Long", "Short")
+
+_redirects: list[tuple[Any, str, Any, Any]] = []  # owner, name, PyTorch's own, the redirected one
 
 
 def install() -> None:
@@ -43,6 +47,23 @@ def install() -> None:
     for name in _TYPES:
         set_attribute(torch.cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))
     torch.serialization.register_package(0, _no_location, _keep_in_memory)
+
+
+@contextlib.contextmanager
+def suspended() -> Iterator[None]:
+    """PyTorch's own functions for a while, to measure what the redirects cost."""
+    for owner, name, original, _ in _redirects:
+        setattr(owner, name, original)
+    try:
+        yield
+    finally:
+        for owner, name, _, redirected in _redirects:
+            setattr(owner, name, redirected)
+
+
+def _redirect(owner: Any, name: str, redirected: Any) -> None:
+    _redirects.append((owner, name, getattr(owner, name), redirected))
+    set_attribute(owner, name, redirected)
 
 
 def _wrap_factory(owner: Any, name: str) -> None:
@@ -63,7 +84,7 @@ def _wrap_factory(owner: Any, name: str) -> None:
     builtin = torch.jit._builtins._find_builtin(original)
     if builtin is not None:
         torch.jit._builtins._register_builtin(redirected, builtin)
-    setattr(owner, name, redirected)
+    _redirect(owner, name, redirected)
 
 
 def _wrap_tensor_methods() -> None:
@@ -94,10 +115,10 @@ def _wrap_tensor_methods() -> None:
 
     methods = {"to": redirected_to, "type": redirected_type, "cuda": cuda, "pin_memory": same, "record_stream": nothing}
     for name, method in methods.items():
-        set_attribute(torch.Tensor, name, method)
+        _redirect(torch.Tensor, name, method)
     for storage in (torch.UntypedStorage, torch.TypedStorage):
-        set_attribute(storage, "cuda", cuda)
-        set_attribute(storage, "pin_memory", same)
+        _redirect(storage, "cuda", cuda)
+        _redirect(storage, "pin_memory", same)
 
 
 def _wrap_contexts() -> None:
@@ -115,8 +136,8 @@ def _wrap_contexts() -> None:
             device_type, dtype = "cpu", dtype or torch.get_autocast_dtype("cuda")
         enter_autocast(self, device_type, dtype, enabled, *args, **kwargs)
 
-    set_attribute(context, "__init__", context_init)
-    set_attribute(autocast, "__init__", autocast_init)
+    _redirect(context, "__init__", context_init)
+    _redirect(autocast, "__init__", autocast_init)
 
 
 def _generator_class() -> type:

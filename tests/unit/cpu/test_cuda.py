@@ -71,6 +71,24 @@ def test_nothing_to_wait_for_and_nothing_to_initialise():
     assert called == [True]
 
 
+def test_accelerator_gives_the_same_answers(pretended):
+    assert torch.accelerator.is_available()
+    assert torch.accelerator.device_count() == pretended
+    assert torch.accelerator.current_accelerator(check_available=True) == torch.device("cuda")
+    torch.accelerator.set_device_index(1)
+    assert torch.accelerator.current_device_index() == torch.cuda.current_device() == 1
+    assert torch.accelerator.current_stream() is torch.cuda.current_stream()
+    torch.accelerator.synchronize()
+    devices.pretend(0)
+    assert not torch.accelerator.is_available()
+    assert torch.accelerator.current_accelerator(check_available=True) is None
+
+
+def test_data_loader_that_pins_memory_delivers(pretended):
+    loader = torch.utils.data.DataLoader(torch.arange(4), batch_size=2, pin_memory=True)
+    assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3]]
+
+
 def test_nvtx_ranges_are_silent():
     torch.cuda.nvtx.range_push("a")
     torch.cuda.nvtx.range_pop()
