@@ -1,0 +1,48 @@
+"""One rank of a job: `python -m nemo_opt._rank JOB_DIRECTORY`, started by `nemo_opt.launch`, never by a person."""
+
+import ctypes
+import faulthandler
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+from nemo_opt import launch
+from nemo_opt.errors import NemoOptError
+
+__all__ = ["main"]
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main(job: Path) -> int:
+    """Runs the job that `run_ranks` described in `job`; returns the exit code."""
+    try:
+        description = json.loads((job / "job.json").read_text())
+        result = launch.resolve(description["target"])(**launch.decode(description["kwargs"]))
+        if launch.rank() == 0:
+            launch.write_result(job, result)
+    except KeyboardInterrupt:
+        return 130
+    except BaseException as error:  # noqa: BLE001  everything is reported to the parent
+        launch.write_failure(job, error, traceback.format_exc())
+        return 2 if isinstance(error, NemoOptError) else 1
+    return 0
+
+
+def _die_with_parent() -> None:
+    """A killed parent must not leave ranks behind."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    faulthandler.enable()
+    _die_with_parent()
+    code = main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Interpreter teardown with live process groups and their threads can hang after a failure; nothing is left to clean up.
+    os._exit(code)

@@ -1,0 +1,51 @@
+"""What a notebook or a command calls: train, quantise, prune, distil, import, export and evaluate.
+
+Every function is collective: it is called on every rank with the same settings, sets up the layout it is given, checks all settings before
+long work, and returns a frozen result with numbers. `nemo_opt.launch.run_ranks` starts the ranks. Importing this package loads no torch.
+"""
+
+from typing import TYPE_CHECKING
+
+import lazy_loader
+
+if TYPE_CHECKING:
+    from nemo_opt.api.compress import prune, ptq
+    from nemo_opt.api.convert import export_ckpt, import_ckpt
+    from nemo_opt.api.corpus import builtin_corpus, data_config
+    from nemo_opt.api.distillation import distill
+    from nemo_opt.api.measure import evaluate
+    from nemo_opt.api.pretrain import train
+    from nemo_opt.api.results import DistillResult, EvalResult, ExportResult, ImportResult, PruneResult, PtqResult, Result, TrainResult
+
+__all__ = [
+    "DistillResult",
+    "EvalResult",
+    "ExportResult",
+    "ImportResult",
+    "PruneResult",
+    "PtqResult",
+    "Result",
+    "TrainResult",
+    "builtin_corpus",
+    "data_config",
+    "distill",
+    "evaluate",
+    "export_ckpt",
+    "import_ckpt",
+    "prune",
+    "ptq",
+    "train",
+]
+
+__getattr__, __dir__, _ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "compress": ["prune", "ptq"],
+        "convert": ["export_ckpt", "import_ckpt"],
+        "corpus": ["builtin_corpus", "data_config"],
+        "distillation": ["distill"],
+        "measure": ["evaluate"],
+        "pretrain": ["train"],
+        "results": ["DistillResult", "EvalResult", "ExportResult", "ImportResult", "PruneResult", "PtqResult", "Result", "TrainResult"],
+    },
+)

@@ -1,0 +1,313 @@
+"""What can be known to be wrong before the stack is loaded: layouts, missing or foreign checkpoints, tokenizers, outputs that exist.
+
+One `check_<command>` for each function of `nemo_opt.api`, with the same settings. Commands call it in the launching process, where it costs
+milliseconds; the functions call it again on each rank, since notebooks call them directly. Loads no torch.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_opt.errors import CheckpointError, ConfigError
+from nemo_opt.parallel import Topology
+
+if TYPE_CHECKING:
+    from nemo_opt.checkpoint.info import CheckpointInfo
+    from nemo_opt.data.config import DataConfig
+    from nemo_opt.distill.config import DistillationConfig
+    from nemo_opt.models.config import ModelConfig
+    from nemo_opt.prune.config import PruningConfig
+    from nemo_opt.quantize.config import ExportConfig, QuantizationConfig
+    from nemo_opt.training.config import TrainingConfig
+
+__all__ = [
+    "check_distill",
+    "check_evaluate",
+    "check_export_ckpt",
+    "check_import_ckpt",
+    "check_output",
+    "check_prune",
+    "check_ptq",
+    "check_train",
+    "checkpoint_info",
+    "is_huggingface",
+    "tokenizer_directory",
+]
+
+
+def is_huggingface(path: str | Path) -> bool:
+    """Whether `path` looks like a Hugging Face model directory."""
+    return (Path(path) / "config.json").is_file() and not (Path(path) / "nemo_opt.json").is_file()
+
+
+def checkpoint_info(path: str | Path, role: str = "checkpoint") -> "CheckpointInfo":
+    """What the checkpoint says of itself; raises `CheckpointError` where it is none."""
+    from nemo_opt.checkpoint.info import read_info
+
+    if not Path(path).exists():
+        raise CheckpointError(f"{role} {path} does not exist")
+    if is_huggingface(path):
+        raise CheckpointError(f"{role} {path} is a Hugging Face directory: turn it into a checkpoint with `nemo-opt import {path} OUT_DIR`")
+    return read_info(path)
+
+
+def check_output(path: str | Path, *, overwrite: bool = False) -> None:
+    """Refuses an output that would replace something; NeMo's PTQ script exits 0 here without having done anything."""
+    target = Path(path)
+    if target.is_file():
+        raise ConfigError(f"output {target} is a file: choose a directory")
+    if not overwrite and target.is_dir() and any(target.iterdir()):
+        raise ConfigError(f"output {target} exists and is not empty: choose another path, remove it, or ask to overwrite it")
+
+
+def tokenizer_directory(info: "CheckpointInfo", tokenizer: str | None) -> Path:
+    """The directory of the tokenizer: the one given, or the checkpoint's own; checked against the model's vocabulary."""
+    directory = Path(tokenizer) if tokenizer else info.tokenizer_dir
+    if directory is None:
+        raise ConfigError(f"checkpoint {info.path} has no tokenizer: name one")
+    _check_vocabulary(directory, info.model, f"model of {info.path}")
+    return directory
+
+
+def _check_vocabulary(directory: Path, model: "ModelConfig", owner: str) -> None:
+    from nemo_opt.data.tokenizer import load_tokenizer
+
+    size = load_tokenizer(directory).vocab_size
+    if size > model.vocab_size:
+        raise ConfigError(
+            f"tokenizer {directory} has {size} tokens, the {owner} a vocabulary of {model.vocab_size}: use the model's own tokenizer"
+        )
+
+
+def _check_layout(topology: Topology, world_size: int, model: "ModelConfig", seq_length: int | None = None) -> Topology:
+    resolved = topology.validate(world_size, model)
+    if seq_length is not None:
+        topology.validate_sequence(seq_length)
+        if seq_length > model.max_position_embeddings:
+            raise ConfigError(
+                f"seq_length {seq_length} > max_position_embeddings {model.max_position_embeddings} of the model: shorten the sequences"
+            )
+    return resolved
+
+
+def _check_data(data: "DataConfig | None", topology: Topology, eval_batches: int) -> None:
+    if eval_batches < 0:
+        raise ConfigError(f"eval_batches {eval_batches} < 0: give 0 to measure no loss")
+    if data is None:
+        if eval_batches:
+            raise ConfigError(f"{eval_batches} evaluation batches asked for, but no data given")
+        return
+    data.check()
+    share = data.micro_batch_size * (topology.dp or 1)
+    if data.global_batch_size % share:
+        raise ConfigError(
+            f"global_batch_size {data.global_batch_size} % (micro_batch_size {data.micro_batch_size} * dp {topology.dp}) != 0"
+        )
+
+
+def check_train(
+    *,
+    output: str,
+    data: "DataConfig",
+    training: "TrainingConfig",
+    world_size: int,
+    topology: Topology,
+    model: "ModelConfig | None" = None,
+    checkpoint: str | None = None,
+    resume: bool = False,
+    tokenizer: str | None = None,
+    overwrite: bool = False,
+    **_: Any,
+) -> None:
+    """Checks the settings of `nemo_opt.api.train`."""
+    check_output(output, overwrite=overwrite)
+    if (model is None) == (checkpoint is None):
+        raise ConfigError("training starts either from a model's sizes (a preset) or from a checkpoint: give exactly one")
+    if checkpoint is not None:
+        info = checkpoint_info(checkpoint)
+        model = info.model
+        tokenizer_directory(info, tokenizer)
+        if resume:
+            _check_resume(info, training)
+    elif tokenizer is None:
+        raise ConfigError("a model that starts from its sizes has no tokenizer yet: name one")
+    else:
+        assert model is not None
+        _check_vocabulary(Path(tokenizer), model, "model")
+    assert model is not None
+    resolved = _check_layout(topology, world_size, model, data.seq_length)
+    _check_data(data, resolved, 0)
+    _check_agree(data, training)
+
+
+def _check_resume(info: "CheckpointInfo", training: "TrainingConfig") -> None:
+    if not info.has_optimizer:
+        raise ConfigError(f"checkpoint {info.path} holds no optimizer state: start from its weights, without resuming")
+    if info.iteration >= training.max_steps:
+        raise ConfigError(f"checkpoint {info.path} is at step {info.iteration} of max_steps {training.max_steps}: ask for more steps")
+
+
+def _check_agree(data: "DataConfig", training: "TrainingConfig") -> None:
+    for name in ("seq_length", "micro_batch_size", "global_batch_size"):
+        if getattr(data, name) != getattr(training, name):
+            raise ConfigError(f"{name} {getattr(data, name)} of the data != {getattr(training, name)} of the training: use one value")
+
+
+def _check_samples(name: str, samples: int, micro_batch_size: int, topology: Topology) -> None:
+    step = micro_batch_size * (topology.dp or 1)
+    if samples < step:
+        raise ConfigError(f"{name} {samples} < micro-batch size {micro_batch_size} * dp {topology.dp}: not one micro-batch for every rank")
+
+
+def _check_not_interleaved(topology: Topology, work: str) -> None:
+    if topology.vp > 1:
+        raise ConfigError(f"vp {topology.vp}: {work} does not run on the interleaved pipeline schedule; set vp 1")
+
+
+def check_ptq(
+    *,
+    checkpoint: str,
+    quantization: "QuantizationConfig",
+    export: "ExportConfig",
+    topology: Topology,
+    world_size: int,
+    data: "DataConfig",
+    tokenizer: str | None = None,
+    eval_batches: int = 8,
+    overwrite: bool = False,
+    **_: Any,
+) -> None:
+    """Checks the settings of `nemo_opt.api.ptq`."""
+    if export.export_format != "nemo":
+        raise ConfigError(f"export format {export.export_format!r} is not supported yet: use nemo (--export_format nemo)")
+    check_output(export.path, overwrite=overwrite)
+    info = checkpoint_info(checkpoint)
+    if info.has_modelopt_state:
+        raise ConfigError(f"checkpoint {checkpoint} is already quantised or converted by ModelOpt: give the original")
+    tokenizer_directory(info, tokenizer)
+    _check_not_interleaved(topology, "quantisation")
+    resolved = _check_layout(topology, world_size, info.model, data.seq_length)
+    if data.seq_length != quantization.calibration_seq_len:
+        raise ConfigError(
+            f"seq_length {data.seq_length} of the data != calibration_seq_len {quantization.calibration_seq_len}: use one value"
+        )
+    size = quantization.calibration_dataset_size
+    _check_samples("calibration_dataset_size", size, quantization.calibration_batch_size, resolved)
+    _check_data(data, resolved, eval_batches)
+
+
+def check_prune(
+    *,
+    checkpoint: str,
+    output: str,
+    pruning: "PruningConfig",
+    topology: Topology,
+    world_size: int,
+    data: "DataConfig | None" = None,
+    tokenizer: str | None = None,
+    num_train_samples: int = 1024,
+    eval_batches: int = 8,
+    overwrite: bool = False,
+    **_: Any,
+) -> None:
+    """Checks the settings of `nemo_opt.api.prune`."""
+    check_output(output, overwrite=overwrite)
+    info = checkpoint_info(checkpoint)
+    drops = bool(pruning.drop_layers)
+    if not drops and data is None:
+        raise ConfigError("pruning to target sizes measures importance on data, but none is given: name data, or drop layers by number")
+    if not drops and topology.tp > 1:
+        raise ConfigError(f"tp {topology.tp}: pruning to target sizes needs tp 1 (use pp); only drop_layers works with tensor parallelism")
+    pruning.check_against(info.model)
+    _check_not_interleaved(topology, "pruning")
+    resolved = _check_layout(topology, world_size, info.model, data.seq_length if data else None)
+    if data is not None:
+        tokenizer_directory(info, tokenizer)
+        if num_train_samples < 1 or num_train_samples % data.micro_batch_size:
+            raise ConfigError(
+                f"num_train_samples {num_train_samples} is not a positive multiple of micro_batch_size {data.micro_batch_size}"
+            )
+    _check_data(data, resolved, eval_batches if data is not None else 0)
+
+
+def check_distill(
+    *,
+    student: str,
+    teacher: str,
+    output: str,
+    data: "DataConfig",
+    training: "TrainingConfig",
+    topology: Topology,
+    world_size: int,
+    tokenizer: str | None = None,
+    distillation: "DistillationConfig | str | None" = None,
+    eval_batches: int = 8,
+    overwrite: bool = False,
+    **_: Any,
+) -> None:
+    """Checks the settings of `nemo_opt.api.distill`."""
+    check_output(output, overwrite=overwrite)
+    infos = checkpoint_info(student, "student"), checkpoint_info(teacher, "teacher")
+    _check_distillation(distillation, topology, *infos)
+    if infos[0].model.vocab_size != infos[1].model.vocab_size:
+        raise ConfigError(f"vocabulary {infos[0].model.vocab_size} of the student != {infos[1].model.vocab_size} of the teacher")
+    _check_not_interleaved(topology, "distillation")
+    tokenizer_directory(infos[0], tokenizer)
+    for info in infos:
+        resolved = _check_layout(topology, world_size, info.model, data.seq_length)
+    _check_data(data, resolved, eval_batches)
+    _check_agree(data, training)
+
+
+def _check_distillation(
+    distillation: "DistillationConfig | str | None", topology: Topology, student: "CheckpointInfo", teacher: "CheckpointInfo"
+) -> None:
+    from nemo_opt.distill.config import DistillationConfig, load_distillation_config
+
+    for info in (student, teacher):
+        if info.has_modelopt_state:
+            raise ConfigError(f"checkpoint {info.path} is quantised: distillation of quantised models is not supported yet")
+    config = distillation
+    if not isinstance(config, DistillationConfig):
+        config = load_distillation_config(config, student.model, teacher.model)
+    config.check_layers(student.model, teacher.model)
+    config.check_topology(topology)
+
+
+def check_import_ckpt(*, source: str, output: str, topology: Topology, world_size: int, overwrite: bool = False, **_: Any) -> None:
+    """Checks the settings of `nemo_opt.api.import_ckpt`."""
+    check_output(output, overwrite=overwrite)
+    if not Path(source).is_dir():
+        raise CheckpointError(f"Hugging Face directory {source} does not exist")
+    if not is_huggingface(source):
+        raise CheckpointError(f"{source} is not a Hugging Face directory: it has no config.json")
+    topology.resolve(world_size)
+
+
+def check_export_ckpt(*, checkpoint: str, output: str, topology: Topology, world_size: int, overwrite: bool = False, **_: Any) -> None:
+    """Checks the settings of `nemo_opt.api.export_ckpt`."""
+    check_output(output, overwrite=overwrite)
+    info = checkpoint_info(checkpoint)
+    if info.has_modelopt_state:
+        raise ConfigError(f"checkpoint {checkpoint} is quantised: the export of quantised models to Hugging Face is not supported yet")
+    _check_layout(topology, world_size, info.model)
+
+
+def check_evaluate(
+    *, path: str, data: "DataConfig", topology: Topology, world_size: int, tokenizer: str | None = None, eval_batches: int = 32, **_: Any
+) -> None:
+    """Checks the settings of `nemo_opt.api.evaluate`."""
+    if not Path(path).is_dir():
+        raise CheckpointError(f"{path} does not exist: give a checkpoint or a Hugging Face directory")
+    if eval_batches < 1:
+        raise ConfigError(f"eval_batches {eval_batches} < 1: nothing to evaluate")
+    if is_huggingface(path):
+        if topology.resolve(world_size).model_parallel_size > 1:
+            raise ConfigError(
+                f"{path} is a Hugging Face directory, which transformers evaluates without {topology.name}: import it first to split it"
+            )
+        resolved = topology.resolve(world_size)
+    else:
+        info = checkpoint_info(path)
+        tokenizer_directory(info, tokenizer)
+        resolved = _check_layout(topology, world_size, info.model, data.seq_length)
+    _check_data(data, resolved, 1)

@@ -1,0 +1,140 @@
+"""What each command has done, in numbers: the return values of `nemo_opt.api`, which also cross from rank 0 to the launching process.
+
+Losses are mean cross-entropies in nats a token over the same validation batches; None means that none was measured. Loads no torch.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+__all__ = ["DistillResult", "EvalResult", "ExportResult", "ImportResult", "PruneResult", "PtqResult", "Result", "TrainResult"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What every command reports."""
+
+    path: str
+    """Where the result lies (for an evaluation: what was read)."""
+    layout: str
+    """Name of the topology, such as TP2PP1."""
+    spec: str
+    """Layer spec: "te" or "local"; "transformers" where no Megatron model was made."""
+    device: str
+    """Device and backend, such as cpu/gloo."""
+    parameters: int
+    """Parameters of the result, over all ranks."""
+    time_s: float
+    """Wall-clock seconds, without start-up."""
+
+    def __fspath__(self) -> str:
+        return self.path
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult(Result):
+    """A training run."""
+
+    steps: int
+    """Optimizer steps taken in all, those before a resume included."""
+    loss_first: float
+    """Training loss of this run's first step."""
+    loss_last: float
+    """Training loss of this run's last step."""
+    loss_after: float | None
+    """Validation loss at the end."""
+    loss_uniform: float
+    """ln(vocabulary): the loss of knowing nothing."""
+    tokens_per_s: float
+    """Training tokens a second over all ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PtqResult(Result):
+    """A post-training quantisation."""
+
+    algorithm: str | None
+    """Name of the algorithm; None left the model as it was."""
+    export_format: str
+    """Form of the result."""
+    loss_before: float | None
+    """Validation loss of the source."""
+    loss_after: float | None
+    """Validation loss of the quantised model."""
+    quantizers: int
+    """Quantizers that are enabled, over all ranks of one model copy."""
+    bytes_before: int
+    """Bytes of the source directory."""
+    bytes_after: int
+    """Bytes of the result directory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneResult(Result):
+    """A pruning."""
+
+    loss_before: float | None
+    """Validation loss of the source."""
+    loss_after: float | None
+    """Validation loss of the pruned model, before any training."""
+    parameters_before: int
+    """Parameters of the source."""
+    model_before: dict[str, Any]
+    """Sizes of the source (`ModelConfig.to_dict`)."""
+    model_after: dict[str, Any]
+    """Sizes of the result."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillResult(Result):
+    """A distillation."""
+
+    steps: int
+    """Optimizer steps."""
+    teacher: str
+    """The teacher's checkpoint."""
+    teacher_loss: float | None
+    """Validation loss of the teacher."""
+    loss_before: float | None
+    """Validation loss of the student before."""
+    loss_after: float | None
+    """Validation loss of the student after."""
+    kd_loss_first: float
+    """Distillation loss of the first step."""
+    kd_loss_last: float
+    """Distillation loss of the last step."""
+    tokens_per_s: float
+    """Training tokens a second over all ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportResult(Result):
+    """A Hugging Face directory turned into a checkpoint."""
+
+    source: str
+    """The Hugging Face directory."""
+    bytes_after: int
+    """Bytes of the checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportResult(Result):
+    """A checkpoint turned into a Hugging Face directory."""
+
+    source: str
+    """The checkpoint."""
+    bytes_after: int
+    """Bytes of the directory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalResult(Result):
+    """A validation loss."""
+
+    loss: float
+    """Nats a token."""
+    tokens: int
+    """Tokens it was measured on."""

@@ -1,0 +1,339 @@
+"""Commands that make, change or measure a model. Each makes validated settings and starts one function of `nemo_opt.api`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nemo_opt.api.corpus import data_config
+from nemo_opt.cli.layout import Layout, with_layout
+from nemo_opt.cli.report import show
+from nemo_opt.cli.run import start, write_json
+from nemo_opt.errors import ConfigError
+
+__all__ = ["register"]
+
+_DATA = "Data"
+
+Checkpoint = Annotated[Path, typer.Argument(help="Checkpoint directory.", show_default=False)]
+Output = Annotated[Path, typer.Argument(help="Directory to write.", show_default=False)]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        help="A .jsonl, a .txt or a Megatron prefix; repeat for several. Default: the text that ships with Python.",
+        rich_help_panel=_DATA,
+    ),
+]
+Split = Annotated[str | None, typer.Option("--split", help="Shares for training, validation, test.", rich_help_panel=_DATA)]
+Mock = Annotated[bool, typer.Option("--mock", help="Random tokens instead of text.", rich_help_panel=_DATA)]
+Tokenizer = Annotated[
+    str | None, typer.Option("--tokenizer", help="Tokenizer directory. Default: the checkpoint's own.", rich_help_panel=_DATA)
+]
+SeqLength = Annotated[int, typer.Option("--seq-length", help="Tokens of one sample.", rich_help_panel=_DATA)]
+Mbs = Annotated[int, typer.Option("--mbs", help="Micro-batch size.", rich_help_panel=_DATA)]
+Gbs = Annotated[int, typer.Option("--gbs", help="Global batch size.", rich_help_panel=_DATA)]
+EvalBatches = Annotated[
+    int, typer.Option("--eval-batches", help="Validation micro-batches for the loss before and after; 0 measures none.")
+]
+Spec = Annotated[str | None, typer.Option("--spec", help="Layer spec, te or local. Default: te where it exists.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")]
+Steps = Annotated[int, typer.Option("--steps", help="Optimizer steps.", rich_help_panel="Training")]
+Lr = Annotated[float, typer.Option("--lr", help="Highest learning rate.", rich_help_panel="Training")]
+MinLr = Annotated[
+    float | None, typer.Option("--min-lr", help="Lowest learning rate; a tenth of --lr by default.", rich_help_panel="Training")
+]
+Warmup = Annotated[int | None, typer.Option("--warmup-steps", help="A tenth of --steps by default.", rich_help_panel="Training")]
+LogDir = Annotated[Path | None, typer.Option("--log-dir", help="Directory of metrics.jsonl.", rich_help_panel="Training")]
+
+
+def _check_spec(spec: str | None) -> str | None:
+    if spec not in (None, "te", "local"):
+        raise ConfigError(f"layer spec {spec!r} is unknown: give te or local")
+    return spec
+
+
+def _run(command: str, layout: Layout, json: Path | None, **settings: Any) -> None:
+    result = start(command, devices=layout.devices, topology=layout.topology, **settings)
+    show(result)
+    if json is not None:
+        write_json(result, json)
+
+
+def _training(
+    steps: int, gbs: int, mbs: int, seq_length: int, lr: float, min_lr: float | None, warmup: int | None, eval_batches: int
+) -> Any:
+    from nemo_opt.training.config import TrainingConfig
+
+    return TrainingConfig(
+        max_steps=steps,
+        global_batch_size=gbs,
+        micro_batch_size=mbs,
+        seq_length=seq_length,
+        lr=lr,
+        min_lr=lr / 10 if min_lr is None else min_lr,
+        warmup_steps=steps // 10 if warmup is None else warmup,
+        val_check_interval=steps,
+        limit_val_batches=max(eval_batches, 1),
+    )
+
+
+@with_layout
+def train(
+    output: Output,
+    preset: Annotated[str | None, typer.Option("--preset", help="Sizes of a new model: tiny, 68m, llama3.2-1b, llama3.1-8b.")] = None,
+    checkpoint: Annotated[str | None, typer.Option("--checkpoint", help="Start from the weights of this checkpoint.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from --checkpoint with its optimizer, schedule and position.")] = False,
+    tokenizer: Tokenizer = None,
+    steps: Steps = 100,
+    gbs: Gbs = 8,
+    mbs: Mbs = 4,
+    seq_length: SeqLength = 128,
+    lr: Lr = 1e-3,
+    min_lr: MinLr = None,
+    warmup_steps: Warmup = None,
+    data: Data = None,
+    split: Split = None,
+    mock: Mock = False,
+    eval_batches: EvalBatches = 8,
+    spec: Spec = None,
+    log_dir: LogDir = None,
+    overwrite: Overwrite = False,
+    json: Json = None,
+    *,
+    layout: Layout,
+) -> None:
+    """Train a model from its sizes, or go on from a checkpoint.
+
+    Example: `nemo-opt train OUT --preset tiny --tokenizer TOKENIZER_DIR --steps 200 --tp 2`
+    """
+    from nemo_opt.models.config import preset as preset_named
+
+    settings = data_config(data, mock=mock, split=split, seq_length=seq_length, micro_batch_size=mbs, global_batch_size=gbs)
+    training = _training(steps, gbs, mbs, seq_length, lr, min_lr, warmup_steps, eval_batches)
+    _run(
+        "train",
+        layout,
+        json,
+        output=str(output),
+        model=preset_named(preset) if preset else None,
+        checkpoint=checkpoint,
+        resume=resume,
+        tokenizer=tokenizer,
+        data=settings,
+        training=training,
+        spec=_check_spec(spec),
+        log_dir=str(log_dir) if log_dir else None,
+        overwrite=overwrite,
+    )
+
+
+@with_layout
+def import_hf(hf_dir: Path, out_dir: Path, spec: Spec = None, overwrite: Overwrite = False, json: Json = None, *, layout: Layout) -> None:
+    """Turn a Hugging Face directory into a checkpoint.
+
+    Example: `nemo-opt import ./Llama-3.2-1B ./llama-1b --tp 2`
+    """
+    _run("import_ckpt", layout, json, source=str(hf_dir), output=str(out_dir), spec=_check_spec(spec), overwrite=overwrite)
+
+
+@with_layout
+def export_hf(ckpt: Checkpoint, hf_dir: Output, overwrite: Overwrite = False, json: Json = None, *, layout: Layout) -> None:
+    """Turn a checkpoint into a Hugging Face directory, which transformers opens.
+
+    Example: `nemo-opt export ./llama-1b ./llama-1b-hf --pp 2`
+    """
+    _run("export_ckpt", layout, json, checkpoint=str(ckpt), output=str(hf_dir), overwrite=overwrite)
+
+
+@with_layout
+def ptq(
+    ckpt: Checkpoint,
+    output: Output,
+    algorithm: Annotated[str, typer.Option("--algorithm", "-a", help="fp8 or int8.")] = "fp8",
+    calibration_samples: Annotated[
+        int, typer.Option("--calibration-samples", help="Samples to calibrate on.", rich_help_panel=_DATA)
+    ] = 128,
+    tokenizer: Tokenizer = None,
+    mbs: Mbs = 8,
+    seq_length: SeqLength = 128,
+    data: Data = None,
+    split: Split = None,
+    mock: Mock = False,
+    eval_batches: EvalBatches = 8,
+    spec: Spec = None,
+    overwrite: Overwrite = False,
+    json: Json = None,
+    *,
+    layout: Layout,
+) -> None:
+    """Quantise a checkpoint after training.
+
+    Example: `nemo-opt ptq ./teacher ./teacher-fp8 --algorithm fp8 --tp 2`
+    """
+    from nemo_opt.quantize.config import ExportConfig, QuantizationConfig
+
+    quantization = QuantizationConfig(
+        algorithm=algorithm,
+        calibration_dataset="builtin" if not data else data[-1],
+        calibration_dataset_size=calibration_samples,
+        calibration_batch_size=mbs,
+        calibration_seq_len=seq_length,
+    )
+    settings = data_config(data, mock=mock, split=split, seq_length=seq_length, micro_batch_size=mbs, global_batch_size=mbs)
+    _run(
+        "ptq",
+        layout,
+        json,
+        checkpoint=str(ckpt),
+        quantization=quantization,
+        export=ExportConfig(path=str(output), export_format="nemo"),
+        data=settings,
+        tokenizer=tokenizer,
+        eval_batches=eval_batches,
+        spec=_check_spec(spec),
+        overwrite=overwrite,
+    )
+
+
+@with_layout
+def prune(
+    ckpt: Checkpoint,
+    output: Output,
+    hidden_size: Annotated[
+        int | None, typer.Option("--hidden-size", help="Width of the residual stream.", rich_help_panel="Targets")
+    ] = None,
+    ffn_hidden_size: Annotated[int | None, typer.Option("--ffn-hidden-size", help="Width of the MLP.", rich_help_panel="Targets")] = None,
+    attention_heads: Annotated[int | None, typer.Option("--attention-heads", help="Query heads.", rich_help_panel="Targets")] = None,
+    query_groups: Annotated[int | None, typer.Option("--query-groups", help="Key/value heads.", rich_help_panel="Targets")] = None,
+    num_layers: Annotated[int | None, typer.Option("--num-layers", help="Decoder layers.", rich_help_panel="Targets")] = None,
+    drop_layers: Annotated[
+        list[int] | None,
+        typer.Option("--drop-layer", help="Drop this layer (from 1); repeat. Excludes targets.", rich_help_panel="Targets"),
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", help="Samples to measure importance on.", rich_help_panel=_DATA)] = 128,
+    tokenizer: Tokenizer = None,
+    mbs: Mbs = 4,
+    seq_length: SeqLength = 128,
+    data: Data = None,
+    split: Split = None,
+    mock: Mock = False,
+    eval_batches: EvalBatches = 8,
+    spec: Spec = None,
+    overwrite: Overwrite = False,
+    json: Json = None,
+    *,
+    layout: Layout,
+) -> None:
+    """Prune a checkpoint to target sizes (Minitron), or drop layers by number.
+
+    Example: `nemo-opt prune ./teacher ./pruned --hidden-size 96 --ffn-hidden-size 192 --pp 2`
+    """
+    from nemo_opt.prune.config import PruningConfig
+
+    pruning = PruningConfig(
+        target_hidden_size=hidden_size,
+        target_ffn_hidden_size=ffn_hidden_size,
+        target_num_attention_heads=attention_heads,
+        target_num_query_groups=query_groups,
+        target_num_layers=num_layers,
+        drop_layers=tuple(drop_layers) if drop_layers else None,
+    )
+    settings = data_config(data, mock=mock, split=split, seq_length=seq_length, micro_batch_size=mbs, global_batch_size=mbs)
+    _run(
+        "prune",
+        layout,
+        json,
+        checkpoint=str(ckpt),
+        output=str(output),
+        pruning=pruning,
+        data=settings,
+        tokenizer=tokenizer,
+        num_train_samples=samples,
+        eval_batches=eval_batches,
+        spec=_check_spec(spec),
+        overwrite=overwrite,
+    )
+
+
+@with_layout
+def distill(
+    student: Checkpoint,
+    teacher: Checkpoint,
+    output: Output,
+    kd_config: Annotated[str | None, typer.Option("--kd-config", help="YAML with the layer pairs and scales, as NeMo's.")] = None,
+    tokenizer: Tokenizer = None,
+    steps: Steps = 100,
+    gbs: Gbs = 8,
+    mbs: Mbs = 4,
+    seq_length: SeqLength = 128,
+    lr: Lr = 1e-3,
+    min_lr: MinLr = None,
+    warmup_steps: Warmup = None,
+    data: Data = None,
+    split: Split = None,
+    mock: Mock = False,
+    eval_batches: EvalBatches = 8,
+    spec: Spec = None,
+    log_dir: LogDir = None,
+    overwrite: Overwrite = False,
+    json: Json = None,
+    *,
+    layout: Layout,
+) -> None:
+    """Train a student to give the teacher's answers.
+
+    Example: `nemo-opt distill ./pruned ./teacher ./distilled --steps 100 --pp 2`
+    """
+    settings = data_config(data, mock=mock, split=split, seq_length=seq_length, micro_batch_size=mbs, global_batch_size=gbs)
+    _run(
+        "distill",
+        layout,
+        json,
+        student=str(student),
+        teacher=str(teacher),
+        output=str(output),
+        distillation=kd_config,
+        data=settings,
+        training=_training(steps, gbs, mbs, seq_length, lr, min_lr, warmup_steps, eval_batches),
+        tokenizer=tokenizer,
+        spec=_check_spec(spec),
+        log_dir=str(log_dir) if log_dir else None,
+        overwrite=overwrite,
+    )
+
+
+@with_layout
+def evaluate(
+    path: Annotated[Path, typer.Argument(help="Checkpoint or Hugging Face directory.", metavar="DIR", show_default=False)],
+    tokenizer: Tokenizer = None,
+    mbs: Mbs = 8,
+    seq_length: SeqLength = 128,
+    data: Data = None,
+    split: Split = None,
+    mock: Mock = False,
+    eval_batches: EvalBatches = 32,
+    spec: Spec = None,
+    json: Json = None,
+    *,
+    layout: Layout,
+) -> None:
+    """Measure the validation loss of a checkpoint, or of a Hugging Face directory by transformers.
+
+    Example: `nemo-opt eval ./teacher-fp8 --pp 2`
+    """
+    settings = data_config(data, mock=mock, split=split, seq_length=seq_length, micro_batch_size=mbs, global_batch_size=mbs)
+    _run("evaluate", layout, json, path=str(path), data=settings, tokenizer=tokenizer, eval_batches=eval_batches, spec=_check_spec(spec))
+
+
+def register(app: typer.Typer) -> None:
+    """Adds these commands to `app`."""
+    panel = "Models"
+    app.command("train", rich_help_panel=panel)(train)
+    app.command("import", rich_help_panel=panel)(import_hf)
+    app.command("export", rich_help_panel=panel)(export_hf)
+    app.command("ptq", rich_help_panel=panel)(ptq)
+    app.command("prune", rich_help_panel=panel)(prune)
+    app.command("distill", rich_help_panel=panel)(distill)
+    app.command("eval", rich_help_panel=panel)(evaluate)
