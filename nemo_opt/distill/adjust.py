@@ -5,6 +5,7 @@ model for that. Added here:
 - NeMo's `forward_only`: an evaluation runs the student alone. ModelOpt always runs the teacher, and always widens the shapes.
 - Checkpoints hold the student alone: teacher, losses and the ModelOpt state of the distillation are hidden or removed, so they load as an
   ordinary model.
+- The language model's loss gets logits of its own in float32, since computing it overwrites them before the distillation loss reads them.
 - What cannot work (interleaved schedule, variable sequence lengths) is refused by name; ModelOpt returns None or fails on an index.
 """
 
@@ -56,7 +57,7 @@ def adjust_distillation_model_for_mcore(model: Any, distill_cfg: DistillationCon
     if "forward" in vars(inner):
         raise ConfigError("the distillation model was adjusted before: adjust it once, right after its conversion")
     plugin.adjust_distillation_model_for_mcore(inner, distill_cfg)
-    _add_student_only_mode(inner)
+    _add_student_only_mode(inner, distill_cfg)
     _hide_all_but_the_student(inner)
     _remove_modelopt_state(inner)
 
@@ -126,8 +127,10 @@ def _refuse_interleaving(model: Any) -> None:
         raise ConfigError(f"vp {max(chunks, vp)}: distillation does not run on the interleaved pipeline schedule; set vp 1")
 
 
-def _add_student_only_mode(model: Any) -> None:
+def _add_student_only_mode(model: Any, distill_cfg: DistillationConfig) -> None:
     together_forward, together_input, together_lm_loss = model.forward, model.set_input_tensor, model.compute_language_model_loss
+    # Megatron-Core's cross-entropy overwrites float32 logits, which the distillation loss still has to read.
+    keeps_logits = model.config.params_dtype == torch.float32 and not distill_cfg.skip_lm_loss
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if teacher_runs(self):
@@ -145,7 +148,7 @@ def _add_student_only_mode(model: Any) -> None:
 
     def compute_language_model_loss(self: Any, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         if teacher_runs(self):
-            return together_lm_loss(labels, logits)
+            return together_lm_loss(labels, logits.clone() if keeps_logits else logits)
         return type(self).compute_language_model_loss(self, labels, logits)
 
     for function in (forward, set_input_tensor, compute_language_model_loss):

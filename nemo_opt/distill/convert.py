@@ -67,9 +67,7 @@ def export_student(chunks: Any) -> list[GPTModel]:
     remove_adjustments(model)
     for student_layer, _ in model._layers_to_loss:
         vars(student_layer).pop("_intermediate_output", None)
-    student = model.export()
-    student.requires_grad_(True)
-    return [student]
+    return [model.export()]
 
 
 def _bare(model: Any, role: str) -> GPTModel:
