@@ -4,6 +4,7 @@ ModelOpt needs Transformer Engine modules (or their reference), one rank per pip
 name, before any data is read. Its grid of sizes follows from the targets (its defaults, multiples of 256 and 512, refuse small models).
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,11 +15,10 @@ import modelopt.torch.prune as mtp
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from modelopt.torch.prune.plugins.mcore_minitron import get_mcore_minitron_config
 
 from nemo_opt.errors import ConfigError
 from nemo_opt.models.build import spec_of
-from nemo_opt.prune.stages import record_stage_layers
+from nemo_opt.prune.stages import minitron_plugin, record_stage_layers
 
 __all__ = ["check_layout", "prune_to"]
 
@@ -62,11 +62,12 @@ def prune_to(gpt_model: Any, targets: dict[str, int], forward_loop: Callable[[to
     wanted = {name: size for name, size in targets.items() if name != "num_query_groups"}
     if not wanted:
         return
-    mode = get_mcore_minitron_config(
+    mode = minitron_plugin().get_mcore_minitron_config(
         hidden_size_divisor=wanted.get("hidden_size", 1),
         ffn_hidden_size_divisor=wanted.get("ffn_hidden_size", 1),
         num_layers_divisor=wanted.get("num_layers", 1),
     )
+    marks = _parameter_marks(gpt_model)
     mtp.prune(
         gpt_model,
         mode=[("mcore_minitron", mode)],
@@ -76,4 +77,22 @@ def prune_to(gpt_model: Any, targets: dict[str, int], forward_loop: Callable[[to
     )
     # what is left is an ordinary model: nothing of the search needs to be restored with it
     mto.ModeloptStateManager.remove_state(gpt_model)
+    _restore_parameter_marks(gpt_model, marks)
     record_stage_layers(gpt_model)
+
+
+def _parameter_marks(gpt_model: Any) -> dict[str, tuple[bool, dict[str, Any]]]:
+    """What training reads from parameters beside their values (tensor_model_parallel, shared, ...), by name without the layer index."""
+    return {_without_layer(name): (p.requires_grad, dict(vars(p))) for name, p in gpt_model.named_parameters()}
+
+
+def _restore_parameter_marks(gpt_model: Any, marks: dict[str, tuple[bool, dict[str, Any]]]) -> None:
+    """ModelOpt makes new parameters when it slices, without the marks of the old ones."""
+    for name, parameter in gpt_model.named_parameters():
+        requires_grad, attributes = marks[_without_layer(name)]
+        parameter.requires_grad_(requires_grad)
+        vars(parameter).update(attributes)
+
+
+def _without_layer(name: str) -> str:
+    return re.sub(r"^(decoder\.layers)\.\d+\.", r"\1.", name)

@@ -5,6 +5,7 @@ held equally many; a checkpoint saved after an uneven drop would then carry wron
 about.
 """
 
+from types import ModuleType
 from typing import Any
 
 import nemo_opt._stack
@@ -12,12 +13,21 @@ import nemo_opt._stack
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-from modelopt.torch.prune.plugins.mcore_minitron import drop_mcore_language_model_layers
 
+from nemo_opt.errors import ConfigError
 from nemo_opt.models.build import model_config_of
 from nemo_opt.models.config import ModelConfig
 
-__all__ = ["drop_layers", "global_model_config", "record_stage_layers"]
+__all__ = ["drop_layers", "global_model_config", "minitron_plugin", "record_stage_layers"]
+
+
+def minitron_plugin() -> ModuleType:
+    """ModelOpt's pruning plugin, which imports Transformer Engine; raises `ConfigError` where there is none."""
+    try:
+        from modelopt.torch.prune.plugins import mcore_minitron
+    except ImportError as error:
+        raise ConfigError(f"ModelOpt prunes only where Transformer Engine is installed ({error}): install nemo_opt[te]") from error
+    return mcore_minitron
 
 
 def drop_layers(gpt_model: Any, layers: tuple[int, ...]) -> None:
@@ -28,7 +38,7 @@ def drop_layers(gpt_model: Any, layers: tuple[int, ...]) -> None:
         layers: valid layer numbers, not all of them.
 
     """
-    drop_mcore_language_model_layers(gpt_model, layers_to_drop=list(layers))
+    minitron_plugin().drop_mcore_language_model_layers(gpt_model, layers_to_drop=list(layers))
     record_stage_layers(gpt_model)
 
 

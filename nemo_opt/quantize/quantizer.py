@@ -15,7 +15,6 @@ import nemo_opt._stack
 import modelopt.torch.quantization as mtq
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 from modelopt.torch.quantization.utils import is_quantized
 
 from nemo_opt.checkpoint.amax_sharding import repair_amax_sharding
@@ -152,8 +151,6 @@ def _target(model: Any) -> Any:
     if not isinstance(model, torch.nn.Module | list):
         return model
     gpt_model = unwrap(model)
-    if not isinstance(gpt_model, GPTModel):
-        raise ConfigError(f"only a Megatron-Core GPTModel can be quantized, got {type(gpt_model).__name__}")
     if is_quantized(gpt_model):
         raise ConfigError("the model is already quantized: start from an unquantized checkpoint")
     return gpt_model

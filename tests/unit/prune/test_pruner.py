@@ -1,0 +1,124 @@
+"""Every branch of prune_language_model with ModelOpt replaced: what is refused, in which order, and what is passed on."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock, patch
+
+import pytest
+
+from nemo_opt.errors import ConfigError, DataError
+from nemo_opt.models.config import preset
+from nemo_opt.parallel import Topology
+from nemo_opt.prune.config import PruningConfig
+from nemo_opt.prune.pruner import prune_language_model, save_pruned_model
+
+HERE = "nemo_opt.prune.pruner"
+
+
+@pytest.fixture
+def patched():
+    """A tiny model that is only announced; what would be done to it is recorded."""
+    gpt_model = MagicMock()
+    gpt_model.config.virtual_pipeline_model_parallel_size = None
+    with (
+        patch(f"{HERE}.unwrap", return_value=gpt_model),
+        patch(f"{HERE}.mto.ModeloptStateManager.is_converted", return_value=False) as is_converted,
+        patch(f"{HERE}.global_model_config", return_value=preset("tiny")),
+        patch(f"{HERE}.drop_layers") as drop_layers,
+        patch(f"{HERE}.check_layout") as check_layout,
+        patch(f"{HERE}.prune_to") as prune_to,
+        patch(f"{HERE}.forward_loop", side_effect=lambda batches, description: list(batches)) as forward_loop,
+        patch(f"{HERE}.save_checkpoint") as save_checkpoint,
+    ):
+        yield SimpleNamespace(**locals())
+
+
+def untouched(patched):
+    return not (patched.drop_layers.called or patched.prune_to.called or patched.forward_loop.called)
+
+
+def test_layers_are_dropped_without_data(patched):
+    model = object()
+    assert prune_language_model(model, PruningConfig(drop_layers=[2])) is model
+    patched.drop_layers.assert_called_once_with(patched.gpt_model, (2,))
+    patched.check_layout.assert_not_called()
+
+
+def test_interleaved_pipelines_are_refused_for_dropping(patched):
+    patched.gpt_model.config.virtual_pipeline_model_parallel_size = 2
+    with pytest.raises(ConfigError, match="vp=1"):
+        prune_language_model(object(), PruningConfig(drop_layers=[2]))
+    assert untouched(patched)
+
+
+def test_forward_loop_is_passed_on_as_it_is(patched):
+    def loop(model):
+        raise AssertionError("ModelOpt calls it, nobody else")
+
+    model = object()
+    assert prune_language_model(model, {"target_hidden_size": 64}, loop) is model
+    patched.prune_to.assert_called_once_with(patched.gpt_model, {"hidden_size": 64}, loop)
+
+
+@pytest.mark.parametrize("as_module", [False, True])
+@pytest.mark.parametrize(("limit", "used"), [(None, [1, 2, 3]), (2, [1, 2]), (9, [1, 2, 3])])
+def test_batches_come_from_iterables_and_data_modules(patched, as_module, limit, used):
+    data = SimpleNamespace(train_dataloader=lambda: iter([1, 2, 3])) if as_module else [1, 2, 3]
+    trainer = None if limit is None else SimpleNamespace(limit_val_batches=limit)
+    prune_language_model(object(), PruningConfig(target_num_layers=2), data, trainer)
+    patched.prune_to.assert_called_once_with(patched.gpt_model, {"num_layers": 2}, used)
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1.0, True, "2"])
+def test_bad_limits_are_refused(patched, limit):
+    with pytest.raises(ConfigError, match="limit_val_batches"):
+        prune_language_model(object(), PruningConfig(target_num_layers=2), [1], SimpleNamespace(limit_val_batches=limit))
+    assert untouched(patched)
+
+
+def test_no_data_is_refused(patched):
+    with pytest.raises(DataError, match="pass data_module"):
+        prune_language_model(object(), PruningConfig(target_num_layers=2))
+    assert untouched(patched)
+
+
+def test_unreachable_target_is_refused_before_layout_and_data(patched):
+    with pytest.raises(ConfigError, match="nearest: 128"):
+        prune_language_model(object(), PruningConfig(target_hidden_size=4096))
+    patched.check_layout.assert_not_called()
+    assert untouched(patched)
+
+
+def test_layout_is_refused_before_data(patched):
+    patched.check_layout.side_effect = ConfigError("tp")
+    with pytest.raises(ConfigError, match="tp"):
+        prune_language_model(object(), PruningConfig(target_hidden_size=64))
+    assert untouched(patched)
+
+
+def test_converted_model_is_refused(patched):
+    patched.is_converted.return_value = True
+    with pytest.raises(ConfigError, match="already converted"):
+        prune_language_model(object(), PruningConfig(drop_layers=[1]))
+    assert untouched(patched)
+
+
+def test_saving_records_the_pruned_sizes(patched):
+    assert save_pruned_model(object(), "out", topology=Topology(pp=2), tokenizer_dir="tok", extra={"a": 1}) == Path("out")
+    patched.save_checkpoint.assert_called_once_with(
+        "out",
+        [patched.gpt_model],
+        topology=Topology(pp=2),
+        model_config=preset("tiny"),
+        tokenizer_dir="tok",
+        extra={"a": 1},
+        overwrite=False,
+    )
+
+
+def test_saving_takes_the_layout_that_is_set_up(patched):
+    with patch(f"{HERE}.current_topology", return_value=Topology(tp=2)):
+        save_pruned_model(object(), "out")
+    assert patched.save_checkpoint.call_args.kwargs["topology"] == Topology(tp=2)
+    with patch(f"{HERE}.current_topology", return_value=None), pytest.raises(ConfigError, match="pass topology"):
+        save_pruned_model(object(), "out")

@@ -1,0 +1,175 @@
+"""amax at several layouts and both specs against the single rank, and against the weights themselves."""
+
+import pytest
+import torch
+
+from nemo_opt.models.config import preset
+from nemo_opt.parallel import Topology
+from nemo_opt.quantize.config import QuantizationConfig
+
+SMALL = preset(
+    "tiny",
+    num_layers=2,
+    hidden_size=32,
+    ffn_hidden_size=64,
+    num_attention_heads=4,
+    num_query_groups=2,
+    vocab_size=128,
+    max_position_embeddings=64,
+)
+ACTIVATION_TOLERANCE = 2e-6
+"""Relative. A TP layout sums partial products in another order, so activations, hence their maxima, differ in the last bits (4e-7 seen)."""
+LOSS_TOLERANCE = 1e-5
+"""Relative. Activations of another layout differ in the last bits, and one next to a rounding edge is quantised to the other side."""
+CASES = [("local", "fp8"), ("local", "int8"), ("te", "fp8"), ("te", "int8")]
+
+
+def _batches(dp_rank=0, dp_size=1):
+    generator = torch.Generator().manual_seed(3)
+    tokens = [torch.randint(0, 128, (2, 16), generator=generator) for _ in range(4)]
+    positions = torch.arange(16).expand(2, 16)
+    return [{"tokens": part, "position_ids": positions, "attention_mask": None} for part in tokens[dp_rank::dp_size]]
+
+
+def _quantize(name, folder=None):
+    """All cases at one layout, in one start of the ranks."""
+    from megatron.core import parallel_state
+
+    from nemo_opt.models.build import build_model
+    from nemo_opt.parallel import initialize
+    from nemo_opt.quantize.amax import amax_by_name
+    from nemo_opt.quantize.calibration import calibration_loop
+    from nemo_opt.quantize.config import ExportConfig
+    from nemo_opt.quantize.quantizer import Quantizer
+
+    topology = initialize(Topology.from_name(name))
+    loop = calibration_loop(_batches(parallel_state.get_data_parallel_rank(), topology.dp))
+    results = {}
+    for spec, algorithm in CASES:
+        if spec == "local" and topology.sp:
+            continue  # Megatron-Core's local norms refuse sequence parallelism
+        chunks = build_model(SMALL, topology, spec=spec, seed=5)
+        quantizer = Quantizer(QuantizationConfig(algorithm=algorithm), ExportConfig(path="unused", export_format="nemo"))
+        assert quantizer.quantize(chunks, loop) is chunks
+        if folder:
+            quantizer.export(chunks, f"{folder}/{spec}_{algorithm}")
+        results[spec, algorithm] = {"amax": amax_by_name(chunks), "loss": _loss(chunks), "maxima": _row_maxima(chunks)}
+    return results
+
+
+def _loss(chunks):
+    """Mean loss of one batch on every rank of any layout."""
+    import torch.distributed as dist
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    (batch, *_) = _batches()
+
+    def step(iterator, model):
+        next(iterator)
+        losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["tokens"].roll(-1, dims=1))
+        return losses, lambda output: (output.mean(), {"loss": float(output.mean())})
+
+    with torch.no_grad():
+        results = get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iter([0]),
+            model=chunks,
+            num_microbatches=1,
+            seq_length=16,
+            micro_batch_size=2,
+            forward_only=True,
+        )
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, [result["loss"] for result in results])
+    found = [loss for losses in everyone for loss in losses]
+    return sum(found) / len(found)
+
+
+def _row_maxima(chunks):
+    """max |w| of every output row of this rank's quantized linears (over all of the row) beside its amax."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from modelopt.torch.quantization.nn import QuantModule
+
+    pairs = []
+    for module in chunks[0].modules():
+        quantizer = getattr(module, "weight_quantizer", None)
+        if isinstance(module, QuantModule) and quantizer is not None and quantizer.is_enabled:
+            rows = module.weight.detach().abs().amax(dim=1)
+            if module._is_row_parallel:
+                dist.all_reduce(rows, op=dist.ReduceOp.MAX, group=parallel_state.get_tensor_model_parallel_group())
+            pairs.append((rows, quantizer.amax.detach().flatten().clone()))
+    return pairs
+
+
+@pytest.fixture(scope="module")
+def single(ranks):
+    return ranks(1).run(_quantize, "TP1PP1")[0]
+
+
+@pytest.fixture(scope="module")
+def saved(ranks, tmp_path_factory):
+    """layout -> (results of its ranks, directory of its checkpoints), made when first asked for."""
+    made = {}
+
+    def get(layout):
+        if layout not in made:
+            folder = tmp_path_factory.mktemp(layout)
+            made[layout] = ranks(2).run(_quantize, layout, str(folder)), str(folder)
+        return made[layout]
+
+    return get
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("case", CASES)
+def test_weight_amax_is_the_largest_weight(single, case):
+    result = single[case]
+    assert len(result["amax"]) == SMALL.num_layers * 4 * 2  # qkv, proj, fc1, fc2: weight and input
+    assert len(result["maxima"]) == SMALL.num_layers * 4
+    for rows, amax in result["maxima"]:
+        assert torch.equal(amax, rows if case[1] == "int8" else rows.max().reshape(1))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("layout", ["TP2PP1", "TP1PP2", "TP2PP1SP", "DP2"])
+def test_amax_of_every_layout_is_the_single_ranks(saved, single, layout):
+    for results in saved(layout)[0]:
+        assert len(results) == (2 if layout.endswith("SP") else 4)
+        for case, result in results.items():
+            expected = single[case]["amax"]
+            assert result["amax"].keys() == expected.keys()
+            for name, amax in result["amax"].items():
+                rtol = 0 if "weight_quantizer" in name else ACTIVATION_TOLERANCE
+                torch.testing.assert_close(
+                    amax, expected[name], rtol=rtol, atol=0, msg=lambda text, name=name, case=case: f"{case} {name}: {text}"
+                )
+
+
+def _restore(name, folder):
+    from nemo_opt.checkpoint.load import restore_model
+    from nemo_opt.parallel import initialize
+    from nemo_opt.quantize.amax import amax_by_name
+
+    topology = initialize(Topology.from_name(name))
+    results = {}
+    for spec, algorithm in CASES:
+        chunks, info = restore_model(f"{folder}/{spec}_{algorithm}", topology, spec=spec)
+        chunks[0].eval()
+        assert info.has_modelopt_state
+        assert info.extra["quantization"] == algorithm
+        results[spec, algorithm] = {"amax": amax_by_name(chunks), "loss": _loss(chunks), "maxima": _row_maxima(chunks)}
+    return results
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("layout", "loaded"), [("TP2PP1", "TP1PP1"), ("TP2PP1", "TP1PP2"), ("TP1PP2", "TP2PP1")])
+def test_every_amax_finds_its_place_at_another_layout(ranks, saved, layout, loaded):
+    (before, *_), folder = saved(layout)
+    for results in ranks(Topology.from_name(loaded).world_size).run(_restore, loaded, folder):
+        for case, after in results.items():
+            assert after["amax"].keys() == before[case]["amax"].keys()
+            assert all(torch.equal(after["amax"][name], amax) for name, amax in before[case]["amax"].items())
+            for rows, amax in after["maxima"]:  # beside the weights: an amax in the wrong row hardly moves the loss
+                assert torch.equal(amax, rows) or amax.numel() == 1
+            assert after["loss"] == pytest.approx(before[case]["loss"], rel=LOSS_TOLERANCE)

@@ -1,0 +1,183 @@
+"""NeMo's own tests of its Quantizer, with only the module path changed, and every branch of ours; no model is quantized here."""
+
+import copy
+import logging
+from pathlib import Path
+from unittest.mock import MagicMock, patch
+
+import pytest
+import torch
+from omegaconf import DictConfig
+
+from nemo_opt.errors import ConfigError
+from nemo_opt.parallel import Topology
+from nemo_opt.quantize.config import ExportConfig, QuantizationConfig
+from nemo_opt.quantize.quantizer import QUANT_CFG_CHOICES, Quantizer, get_quant_cfg_choices
+
+HERE = "nemo_opt.quantize.quantizer"
+
+
+@pytest.fixture
+def basic_quantization_config():
+    return DictConfig({"algorithm": "int8", "decoder_type": "llama", "awq_block_size": 128, "sq_alpha": 0.5, "enable_kv_cache": True})
+
+
+@pytest.fixture
+def basic_export_config():
+    return DictConfig(
+        {
+            "dtype": "16",
+            "decoder_type": "llama",
+            "inference_tensor_parallel": 1,
+            "inference_pipeline_parallel": 1,
+            "save_path": "/tmp/model.qnemo",
+        }
+    )
+
+
+class TestQuantizerAsNeMoTestsIt:
+    def test_init_valid_configs(self, basic_quantization_config, basic_export_config):
+        quantizer = Quantizer(basic_quantization_config, basic_export_config)
+        assert quantizer.quantization_config == basic_quantization_config
+        assert quantizer.export_config == basic_export_config
+        assert quantizer.quant_cfg == QUANT_CFG_CHOICES["int8"]
+
+    def test_init_invalid_algorithm(self, basic_quantization_config, basic_export_config):
+        basic_quantization_config.algorithm = "invalid_algo"
+        with pytest.raises(AssertionError):
+            Quantizer(basic_quantization_config, basic_export_config)
+
+    def test_init_invalid_dtype(self, basic_quantization_config, basic_export_config):
+        basic_export_config.dtype = "32"
+        with pytest.raises(AssertionError):
+            Quantizer(basic_quantization_config, basic_export_config)
+
+    def test_null_algorithm(self, basic_quantization_config, basic_export_config):
+        basic_quantization_config.algorithm = None
+        quantizer = Quantizer(basic_quantization_config, basic_export_config)
+        assert quantizer.quant_cfg is None
+
+    @patch(f"{HERE}.dist")
+    def test_quantize_method(self, mock_dist, basic_quantization_config, basic_export_config):
+        mock_dist.get_rank.return_value = 0
+        mock_model = MagicMock()
+        mock_forward_loop = MagicMock()
+        quantizer = Quantizer(basic_quantization_config, basic_export_config)
+        with (
+            patch("modelopt.torch.quantization.quantize") as mock_quantize,
+            patch("modelopt.torch.quantization.print_quant_summary"),
+        ):
+            quantizer.quantize(mock_model, mock_forward_loop)
+            mock_quantize.assert_called_once_with(mock_model, QUANT_CFG_CHOICES["int8"], mock_forward_loop)
+
+    @patch(f"{HERE}.dist")
+    def test_modify_model_config(self, mock_dist):
+        mock_config = DictConfig({"sequence_parallel": True})
+        modified_config = Quantizer.modify_model_config(mock_config)
+        assert modified_config.sequence_parallel is False
+        assert modified_config.name == "modelopt"
+        assert modified_config.apply_rope_fusion is False
+
+
+@pytest.fixture
+def patched():
+    """Rank 0 of nothing: what ModelOpt would do is recorded, and done to nobody."""
+    with (
+        patch(f"{HERE}.dist") as dist,
+        patch(f"{HERE}.mtq.quantize") as quantize,
+        patch(f"{HERE}.mtq.print_quant_summary") as summary,
+        patch(f"{HERE}.is_quantized", return_value=False),
+    ):
+        dist.get_rank.return_value = 0
+        yield MagicMock(dist=dist, quantize=quantize, summary=summary)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_summary_is_printed_on_rank_0_only(patched, rank):
+    patched.dist.get_rank.return_value = rank
+    model = MagicMock()
+    assert Quantizer(QuantizationConfig()).quantize(model, MagicMock()) is model
+    assert patched.summary.called == (rank == 0)
+
+
+def test_no_algorithm_leaves_the_model_untouched(patched):
+    model = MagicMock()
+    assert Quantizer(QuantizationConfig(algorithm=None)).quantize(model) is model
+    assert Quantizer().quantize(model) is model
+    patched.quantize.assert_not_called()
+    assert not model.mock_calls
+
+
+def test_missing_data_is_refused_before_the_model_is_touched(patched):
+    with pytest.raises(ConfigError, match="'fp8' needs calibration data"):
+        Quantizer(QuantizationConfig()).quantize(MagicMock())
+    patched.quantize.assert_not_called()
+
+
+def test_upstream_may_change_what_it_is_given_without_changing_ours(patched):
+    before = copy.deepcopy(QUANT_CFG_CHOICES)
+    patched.quantize.side_effect = lambda model, config, loop: config["quant_cfg"].clear()
+    quantizer = Quantizer(QuantizationConfig())
+    quantizer.quantize(MagicMock(), MagicMock())
+    quantizer.quant_cfg["algorithm"] = "changed"
+    assert before == QUANT_CFG_CHOICES == get_quant_cfg_choices()
+
+
+def test_int8_says_that_the_kv_cache_stays_as_it_is(patched, caplog):
+    with caplog.at_level(logging.WARNING):
+        Quantizer(QuantizationConfig(algorithm="int8", enable_kv_cache=True)).quantize(MagicMock(), MagicMock())
+    assert "enable_kv_cache=True has no effect beside int8" in caplog.text
+
+
+def test_interleaved_chunks_are_refused(patched):
+    with pytest.raises(ConfigError, match=r"2 chunks.*vp=1"):
+        Quantizer(QuantizationConfig()).quantize([MagicMock(), MagicMock()], MagicMock())
+
+
+def test_other_modules_are_refused(patched):
+    with pytest.raises(ConfigError, match="Linear"):
+        Quantizer(QuantizationConfig()).quantize(torch.nn.Linear(1, 1), MagicMock())
+
+
+def test_quantized_model_is_refused(patched):
+    gpt_model = MagicMock(spec=torch.nn.Module)
+    with (
+        patch(f"{HERE}.unwrap", return_value=gpt_model),
+        patch(f"{HERE}.is_quantized", return_value=True),
+        pytest.raises(ConfigError, match="already quantized"),
+    ):
+        Quantizer(QuantizationConfig()).quantize([gpt_model], MagicMock())
+    patched.quantize.assert_not_called()
+
+
+def test_export_needs_a_configuration():
+    with pytest.raises(ConfigError, match="export configuration"):
+        Quantizer(QuantizationConfig()).export(MagicMock())
+
+
+@pytest.mark.parametrize("export_format", ["hf", "trtllm"])
+def test_formats_to_come_are_refused_with_the_alternative(export_format):
+    quantizer = Quantizer(QuantizationConfig(), ExportConfig(path="out", export_format=export_format))
+    with pytest.raises(ConfigError, match=f"'{export_format}' is not supported yet; use export_format='nemo'"):
+        quantizer.export(MagicMock(), topology=Topology())
+
+
+def test_export_needs_a_layout():
+    with patch(f"{HERE}.current_topology", return_value=None), pytest.raises(ConfigError, match="pass topology"):
+        Quantizer(None, {"path": "out", "export_format": "nemo"}).export(MagicMock())
+
+
+@pytest.mark.parametrize(("model_dir", "expected"), [(None, "from_config"), ("given", "given")])
+def test_export_writes_a_checkpoint_that_names_the_algorithm(model_dir, expected):
+    quantizer = Quantizer(QuantizationConfig(algorithm="int8"), ExportConfig(path="from_config", export_format="nemo"))
+    gpt_model = MagicMock()
+    with patch(f"{HERE}.save_checkpoint") as save, patch(f"{HERE}.unwrap", return_value=gpt_model):
+        assert quantizer.export([gpt_model], model_dir, topology=Topology(tp=2), extra={"loss": 4.0}, overwrite=True) == Path(expected)
+    save.assert_called_once_with(
+        Path(expected),
+        [gpt_model],
+        topology=Topology(tp=2),
+        tokenizer_dir=None,
+        extra={"quantization": "int8", "loss": 4.0},
+        overwrite=True,
+    )
