@@ -61,13 +61,12 @@ ALLOWED_GLOBALS: frozenset[str] = frozenset(
         "collections.OrderedDict",
         "pathlib.PosixPath",
         "pathlib._local.PosixPath",
-        # what Transformer Engine keeps in _extra_state; _load_from_bytes is replaced by a restricted load
+        # what Transformer Engine keeps in _extra_state
         "_codecs.encode",
         "_io.BytesIO",
         "torch._tensor._rebuild_from_type_v2",
         "torch._utils._rebuild_tensor_v2",
         "torch.storage.UntypedStorage",
-        "torch.storage._load_from_bytes",
         *(
             f"transformer_engine.common.recipe.{name}"
             for name in (
@@ -86,6 +85,9 @@ ALLOWED_GLOBALS: frozenset[str] = frozenset(
 )
 """Globals that plain pickles may name; dtypes of torch are allowed beside them."""
 
+_STORAGE_LOADERS = ("torch.storage._load_from_bytes", "megatron.core.safe_globals.safe_load_from_bytes")
+"""What a tensor in a plain pickle names, the second since Megatron-Core replaces the first; both become a restricted load."""
+
 # taken before any guard replaces it
 _torch_load = torch.load
 
@@ -99,7 +101,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if self.thread not in (None, threading.get_ident()):
             return super().find_class(module, name)
-        if f"{module}.{name}" == "torch.storage._load_from_bytes":
+        if f"{module}.{name}" in _STORAGE_LOADERS:
             return _load_storage
         if f"{module}.{name}" in ALLOWED_GLOBALS or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
@@ -187,6 +189,10 @@ def guarded() -> Iterator[None]:
             for target, name, replacement in _replacements(thread):
                 patches.enter_context(patch.object(target, name, replacement))
             yield
+    except BaseException as error:  # torch wraps what a reader raises in a BaseException of its own
+        if refused and error is not refused[0]:
+            raise refused[0] from error
+        raise
     finally:
         _open_guards.refused.pop()
     if refused:
