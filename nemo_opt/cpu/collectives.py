@@ -5,7 +5,8 @@ Three decisions:
 * One process group per list of ranks. gloo starts threads for every group and Megatron-Core makes about forty at each initialisation,
   most of them over the same few lists. A group that is asked for again is handed out again and really destroyed when it was
   given back as often. Groups asked for by the name "gloo" are not shared with the others: programs make them to use them from a
-  second thread.
+  second thread. Ranks outside a group cannot know when its members gave it back and made it anew, so a group is named after the
+  number of calls so far, which all ranks share, not after the groups that a rank itself made, as torch does.
 * No group waits longer than the default group does, so that a dead rank shows after the timeout that was chosen, not after gloo's (and
   Megatron-Core's) 30 minutes.
 * What gloo cannot send is sent as something equal: 0-dim tensors as one element, 8-bit floats as bytes, split sizes as a list.
@@ -39,6 +40,7 @@ class _SharedGroup:
 
 _shared: dict[_GroupKey, _SharedGroup] = {}
 _timeout = DEFAULT_TIMEOUT
+_calls = 0
 
 
 def shared_groups() -> int:
@@ -72,8 +74,8 @@ def _init_process_group(original: Callable[..., None]) -> Callable[..., None]:
     def init_process_group(
         backend: Any = None, init_method: Any = None, timeout: timedelta | None = None, *args: Any, **kwargs: Any
     ) -> None:
-        global _timeout
-        _timeout = timeout or DEFAULT_TIMEOUT
+        global _timeout, _calls
+        _timeout, _calls = timeout or DEFAULT_TIMEOUT, 0
         kwargs.pop("pg_options", None)
         if names_cuda(kwargs.get("device_id")):
             kwargs.pop("device_id")
@@ -88,12 +90,16 @@ def _new_group(original: Callable[..., Any]) -> Callable[..., Any]:
         ranks: list[int] | None = None, timeout: timedelta | None = None, backend: Any = None, pg_options: Any = None,
         use_local_synchronization: bool = False, group_desc: str | None = None, device_id: Any = None, **kwargs: Any,
     ) -> Any:  # fmt: skip
+        global _calls
+        if not use_local_synchronization:  # only members call then, and torch names the group after its ranks
+            _calls += 1
         listed = tuple(range(dist.get_world_size())) if ranks is None else tuple(ranks)
         if kwargs.get("sort_ranks", True):
             listed = tuple(sorted(listed))
         key = (listed, str(backend).lower() == "gloo", use_local_synchronization)
         if key not in _shared:
             timeout = min(timeout or _timeout, _timeout)
+            c10d._world.group_count = _calls
             group = original(list(listed), timeout, _on_gloo(backend), None, use_local_synchronization, group_desc, **kwargs)
             _shared[key] = _SharedGroup(group)
         _shared[key].uses += 1
