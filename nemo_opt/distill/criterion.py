@@ -31,6 +31,8 @@ __all__ = ["LossBalancer", "build_criterion", "local_layer_name"]
 type Criterion = dict[tuple[str, str], torch.nn.Module]
 
 _PROJECTION_SEED = 1234
+_NOISE = 1e-6
+"""Losses below are rounding: of a teacher that is the student, 1e-7 at most was seen in float32. Scaling them up would train on noise."""
 
 
 class LossBalancer(mtd.DistillationLossBalancer):
@@ -111,8 +113,8 @@ def sum_of(losses: list[torch.Tensor]) -> Any:
 
 def _ratio(target: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
     """What scales `loss` to the size of `target`; 1 where there is nothing to scale, never negative."""
-    target, loss = target.detach().clamp(min=0), loss.detach()
-    return torch.where((loss > 0) & (target > 0), target / loss.clamp(min=torch.finfo(loss.dtype).tiny), torch.ones_like(loss))
+    target, loss = target.detach(), loss.detach()
+    return torch.where((loss > _NOISE) & (target > 0), target / loss.clamp(min=_NOISE), torch.ones_like(loss))
 
 
 def _logits_loss(config: DistillationConfig, student: TransformerConfig) -> torch.nn.Module:
