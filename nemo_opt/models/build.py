@@ -272,6 +272,8 @@ def _scale_rope(model: GPTModel, scaling: RopeScaling) -> None:
 
 def _sizes_from_weights(model: GPTModel) -> dict[str, Any]:
     mcore_config = model.config
+    if not len(model.decoder.layers):  # a pipeline stage that pruning has emptied
+        return _sizes_from_config(mcore_config)
     tp = mcore_config.tensor_model_parallel_size
     layer = model.decoder.layers[0]
     projection_HA = layer.self_attention.linear_proj.weight
@@ -285,6 +287,19 @@ def _sizes_from_weights(model: GPTModel) -> dict[str, Any]:
         "ffn_hidden_size": _ffn_hidden_size(layer, mcore_config),
         "num_attention_heads": heads,
         "num_query_groups": (qkv_heads - heads) // 2,
+        "kv_channels": None if head_dim * heads == hidden else head_dim,
+        "num_moe_experts": mcore_config.num_moe_experts,
+    }
+
+
+def _sizes_from_config(mcore_config: TransformerConfig) -> dict[str, Any]:
+    heads, head_dim, hidden = mcore_config.num_attention_heads, mcore_config.kv_channels, mcore_config.hidden_size
+    return {
+        "num_layers": mcore_config.num_layers,
+        "hidden_size": hidden,
+        "ffn_hidden_size": mcore_config.ffn_hidden_size if mcore_config.num_moe_experts is None else mcore_config.moe_ffn_hidden_size,
+        "num_attention_heads": heads,
+        "num_query_groups": mcore_config.num_query_groups,
         "kv_channels": None if head_dim * heads == hidden else head_dim,
         "num_moe_experts": mcore_config.num_moe_experts,
     }

@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 
 from nemo_opt.errors import ConfigError
 from nemo_opt.models.build import spec_of
-from nemo_opt.prune.stages import minitron_plugin, record_stage_layers
+from nemo_opt.prune.stages import minitron_plugin, record_stage_layers, upstream_output_to_log
 
 __all__ = ["check_layout", "prune_to"]
 
@@ -68,13 +68,14 @@ def prune_to(gpt_model: Any, targets: dict[str, int], forward_loop: Callable[[to
         num_layers_divisor=wanted.get("num_layers", 1),
     )
     marks = _parameter_marks(gpt_model)
-    mtp.prune(
-        gpt_model,
-        mode=[("mcore_minitron", mode)],
-        constraints={"export_config": wanted},
-        dummy_input=None,
-        config={"forward_loop": forward_loop},
-    )
+    with upstream_output_to_log():
+        mtp.prune(
+            gpt_model,
+            mode=[("mcore_minitron", mode)],
+            constraints={"export_config": wanted},
+            dummy_input=None,
+            config={"forward_loop": forward_loop},
+        )
     # what is left is an ordinary model: nothing of the search needs to be restored with it
     mto.ModeloptStateManager.remove_state(gpt_model)
     _restore_parameter_marks(gpt_model, marks)

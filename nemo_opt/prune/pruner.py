@@ -15,11 +15,11 @@ import torch
 
 from nemo_opt.checkpoint.save import save_checkpoint
 from nemo_opt.errors import ConfigError, DataError
-from nemo_opt.models.build import unwrap
+from nemo_opt.models.build import model_config_of, unwrap
 from nemo_opt.parallel import Topology, current_topology
 from nemo_opt.prune.config import PruningConfig
 from nemo_opt.prune.minitron import check_layout, prune_to
-from nemo_opt.prune.stages import drop_layers, global_model_config
+from nemo_opt.prune.stages import drop_layers
 from nemo_opt.training.forward import Batch, ForwardLoop, forward_loop
 
 __all__ = ["PruningData", "TrainData", "prune_language_model", "save_pruned_model"]
@@ -57,7 +57,7 @@ def prune_language_model(model: Any, pruning_config: Any, data_module: PruningDa
     gpt_model = unwrap(model)
     if mto.ModeloptStateManager.is_converted(gpt_model):
         raise ConfigError("the model is already converted by ModelOpt (quantized or distilled): prune it before that")
-    config.check_against(global_model_config(gpt_model))
+    config.check_against(model_config_of(gpt_model))
     if config.drop_layers is not None:
         _check_one_chunk(gpt_model)
         drop_layers(gpt_model, config.drop_layers)
@@ -98,7 +98,7 @@ def save_pruned_model(
         save_path,
         [gpt_model],
         topology=topology,
-        model_config=global_model_config(gpt_model),
+        model_config=model_config_of(gpt_model),
         tokenizer_dir=tokenizer_dir,
         extra=extra,
         overwrite=overwrite,

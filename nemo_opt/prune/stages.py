@@ -5,6 +5,10 @@ held equally many; a checkpoint saved after an uneven drop would then carry wron
 about.
 """
 
+import io
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from types import ModuleType
 from typing import Any
 
@@ -15,10 +19,10 @@ from megatron.core import parallel_state
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from nemo_opt.errors import ConfigError
-from nemo_opt.models.build import model_config_of
-from nemo_opt.models.config import ModelConfig
 
-__all__ = ["drop_layers", "global_model_config", "minitron_plugin", "record_stage_layers"]
+__all__ = ["drop_layers", "minitron_plugin", "record_stage_layers", "upstream_output_to_log"]
+
+_log = logging.getLogger(__name__)
 
 
 def minitron_plugin() -> ModuleType:
@@ -30,6 +34,18 @@ def minitron_plugin() -> ModuleType:
     return mcore_minitron
 
 
+@contextmanager
+def upstream_output_to_log() -> Iterator[None]:
+    """What ModelOpt prints (tables, scores) goes to this module's logger, at level INFO, also when it fails."""
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed):
+            yield
+    finally:
+        if printed.getvalue().strip():
+            _log.info(printed.getvalue())
+
+
 def drop_layers(gpt_model: Any, layers: tuple[int, ...]) -> None:
     """Drop `layers` (counted from 1 over the whole model) in place; collective.
 
@@ -38,7 +54,8 @@ def drop_layers(gpt_model: Any, layers: tuple[int, ...]) -> None:
         layers: valid layer numbers, not all of them.
 
     """
-    minitron_plugin().drop_mcore_language_model_layers(gpt_model, layers_to_drop=list(layers))
+    with upstream_output_to_log():
+        minitron_plugin().drop_mcore_language_model_layers(gpt_model, layers_to_drop=list(layers))
     record_stage_layers(gpt_model)
 
 
@@ -57,11 +74,3 @@ def record_stage_layers(gpt_model: Any) -> list[int]:
     config.num_layers_in_last_pipeline_stage = None
     config.pipeline_model_parallel_layout = PipelineParallelLayerLayout(rows, config.pipeline_model_parallel_size)
     return counts
-
-
-def global_model_config(gpt_model: Any) -> ModelConfig:
-    """The model's true sizes, also on a pipeline stage that has no layer left to read them from. Collective."""
-    found: list[ModelConfig | None] = [None] * parallel_state.get_pipeline_model_parallel_world_size()
-    own = model_config_of(gpt_model) if len(gpt_model.decoder.layers) else None
-    dist.all_gather_object(found, own, group=parallel_state.get_pipeline_model_parallel_group())
-    return next(config for config in found if config is not None)

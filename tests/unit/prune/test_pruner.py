@@ -23,7 +23,7 @@ def patched():
     with (
         patch(f"{HERE}.unwrap", return_value=gpt_model),
         patch(f"{HERE}.mto.ModeloptStateManager.is_converted", return_value=False) as is_converted,
-        patch(f"{HERE}.global_model_config", return_value=preset("tiny")),
+        patch(f"{HERE}.model_config_of", return_value=preset("tiny")),
         patch(f"{HERE}.drop_layers") as drop_layers,
         patch(f"{HERE}.check_layout") as check_layout,
         patch(f"{HERE}.prune_to") as prune_to,

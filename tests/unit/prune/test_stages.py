@@ -50,10 +50,9 @@ def _loss(chunks, backward=False):
 
 
 def _drop(topology, spec, layers, folder=None):
-    from nemo_opt.models.build import build_model
+    from nemo_opt.models.build import build_model, model_config_of
     from nemo_opt.parallel import initialize
     from nemo_opt.prune.pruner import prune_language_model, save_pruned_model
-    from nemo_opt.prune.stages import global_model_config
 
     initialize(topology)
     chunks = build_model(SMALL, topology, spec=spec, seed=5)
@@ -64,7 +63,7 @@ def _drop(topology, spec, layers, folder=None):
     return {
         "kept": [before[id(layer)] for layer in chunks[0].decoder.layers],
         "numbers": [layer.layer_number for layer in chunks[0].decoder.layers],
-        "config": global_model_config(chunks[0]),
+        "config": model_config_of(chunks[0]),
         "loss": _loss(chunks),
         "gradients": _gradients(chunks),
     }
