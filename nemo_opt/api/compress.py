@@ -13,11 +13,10 @@ from nemo_opt.api.results import PruneResult, PtqResult
 from nemo_opt.checkpoint.info import read_info
 from nemo_opt.checkpoint.load import restore_model
 from nemo_opt.data.config import DataConfig
-from nemo_opt.models.build import Spec, unwrap
+from nemo_opt.models.build import Spec, model_config_of, unwrap
 from nemo_opt.parallel import Topology
 from nemo_opt.prune.config import PruningConfig
 from nemo_opt.prune.pruner import prune_language_model, save_pruned_model
-from nemo_opt.prune.stages import global_model_config
 from nemo_opt.quantize.calibration import calibration_loop
 from nemo_opt.quantize.config import ExportConfig, QuantizationConfig
 from nemo_opt.quantize.quantizer import Quantizer
@@ -145,7 +144,7 @@ def prune(
             loss_after=loss_after,
             parameters_before=parameters_before,
             model_before=info.model.to_dict(),
-            model_after=global_model_config(unwrap(chunks)).to_dict(),
+            model_after=model_config_of(chunks).to_dict(),
         )
 
 
