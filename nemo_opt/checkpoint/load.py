@@ -20,10 +20,18 @@ from nemo_opt.checkpoint.collective import on_each, on_first, rank, world_size
 from nemo_opt.checkpoint.info import CheckpointInfo, verify
 from nemo_opt.checkpoint.manifest import check_contents, read_manifest
 from nemo_opt.checkpoint.modelopt_state import is_converted, restore_modelopt_state
+from nemo_opt.checkpoint.optimizer import load_optimizer, optimizer_state
 from nemo_opt.checkpoint.rng import restore_random_states
 from nemo_opt.checkpoint.safe_unpickle import guarded, inspect_weights
 from nemo_opt.checkpoint.sizes import check_same_model
-from nemo_opt.checkpoint.state import check_fit, chunk_names, drop_absent, is_extra_state, model_state, optimizer_state, rng_state
+from nemo_opt.checkpoint.state import (
+    check_fit,
+    chunk_names,
+    drop_absent,
+    is_extra_state,
+    model_state,
+    rng_state,
+)
 from nemo_opt.errors import CheckpointError
 from nemo_opt.models.build import Spec, build_model, model_config_of, unwrap
 from nemo_opt.parallel import Topology, current_topology
@@ -137,7 +145,7 @@ def _load(info: CheckpointInfo, metadata: Metadata, chunks: Sequence[Any], optim
             raise CheckpointError(f"{info.weights_dir} does not fit the model: {error}") from error
         _set_weights(chunks, loaded)
     if optimizer is not None:
-        optimizer.load_state_dict(loaded["optimizer"])
+        load_optimizer(optimizer, loaded["optimizer"])
     if "rng" in loaded:
         restore_random_states(loaded["rng"])
 

@@ -1,4 +1,4 @@
-"""The sharded state of a model, its optimizer and its random states, and whether a checkpoint fits it.
+"""The sharded state of a model and its random states, and whether a checkpoint fits it.
 
 Decisions: every layer and both halves of a gated `linear_fc1` get keys of their own (`singleton_local_shards`), because ModelOpt saves
 quantised models so and one form for all lets any checkpoint load anywhere. The optimizer's state is saved parameter by parameter
@@ -30,7 +30,6 @@ __all__ = [
     "is_extra_state",
     "local_bytes",
     "model_state",
-    "optimizer_state",
     "rng_state",
 ]
 
@@ -65,21 +64,6 @@ def _chunk_state(model: Any) -> dict[str, Any]:
             hidden.enter_context(model.hide_teacher_model())
             hidden.enter_context(model.hide_loss_modules())
         return dict(model.sharded_state_dict(metadata=content_metadata()))
-
-
-def optimizer_state(optimizer: Any, model: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
-    """Sharded state of a Megatron-Core optimizer whose parameters are those of `model` (from `model_state`)."""
-    if not is_loading:
-        _fill(optimizer)
-    return dict(optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=content_metadata()))
-
-
-def _fill(optimizer: Any) -> None:
-    """Zero moments for an optimizer that has not stepped, so that a checkpoint of step 0 has the same keys as any other."""
-    for part in getattr(optimizer, "chained_optimizers", None) or [optimizer]:
-        inner = getattr(part, "optimizer", None)
-        if inner is not None and not inner.state and hasattr(part, "init_state_fn"):
-            part.init_state_fn(inner, part.config)
 
 
 def rng_state(*, is_loading: bool) -> ShardedObject:
