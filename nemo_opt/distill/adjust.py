@@ -184,4 +184,5 @@ def _remove_modelopt_state(model: Any) -> None:
         raise ConfigError(f"the last ModelOpt mode of a distillation model must be kd_loss, found {[name for name, _ in states]}")
     states.pop()
     if not states:
-        ModeloptStateManager.remove_state(model)
+        for name in (ModeloptStateManager._state_key, ModeloptStateManager._state_version_key):
+            delattr(model, name)
