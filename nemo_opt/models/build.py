@@ -122,6 +122,10 @@ def transformer_config(
         "virtual_pipeline_model_parallel_size": topology.vp if topology.vp > 1 else None,
         "context_parallel_size": topology.cp,
         "expert_model_parallel_size": topology.ep,
+        # With two stages both neighbours are the same rank, and a batch of four messages between two ranks would be matched crosswise:
+        # an activation arrives as a gradient, without an error. Megatron-LM refuses that; separate messages are right at every pp.
+        "overlap_p2p_comm": topology.vp > 1,
+        "batch_p2p_comm": topology.vp == 1,
         "sequence_parallel": topology.sp,
         "num_layers_in_first_pipeline_stage": topology.first_stage_layers,
         "num_layers_in_last_pipeline_stage": topology.last_stage_layers,
