@@ -1,5 +1,8 @@
 """Dropping layers at several layouts: the layers that stay, the model's account of itself, its checkpoint, and training on."""
 
+import logging
+import sys
+
 import pytest
 import torch
 
@@ -17,7 +20,6 @@ SMALL = preset(
     max_position_embeddings=64,
 )
 TOLERANCE = 1e-6  # of the loss; float32 sums in another order (TP2) differ by up to 1e-7
-LOCAL_TE = pytest.mark.parametrize("spec", ["local", "te"])
 
 
 def _loss(chunks, backward=False):
@@ -49,24 +51,38 @@ def _loss(chunks, backward=False):
     return sum(found) / len(found)
 
 
-def _drop(topology, spec, layers, folder=None):
+CASES = {  # layers to drop -> (layout, what its ranks then hold)
+    (2,): ("TP2PP1", [[1, 3, 4], [1, 3, 4]]),
+    (1, 4): ("TP1PP2", [[2], [3]]),
+    (3,): ("TP1PP2", [[1, 2], [4]]),
+    (3, 4): ("TP1PP2", [[1, 2], []]),
+}
+SPECS = {(2,): ["te"], (1, 4): ["local", "te"], (3,): ["te"], (3, 4): ["local"]}
+
+
+def _drop(name, cases, folder=None):
+    """Each of `cases` at one layout, in one start of the ranks."""
     from nemo_opt.models.build import build_model, model_config_of
     from nemo_opt.parallel import initialize
     from nemo_opt.prune.pruner import prune_language_model, save_pruned_model
 
-    initialize(topology)
-    chunks = build_model(SMALL, topology, spec=spec, seed=5)
-    before = {id(layer): layer.layer_number for layer in chunks[0].decoder.layers}
-    assert prune_language_model(chunks, {"drop_layers": layers}) is chunks
-    if folder:
-        save_pruned_model(chunks, folder)
-    return {
-        "kept": [before[id(layer)] for layer in chunks[0].decoder.layers],
-        "numbers": [layer.layer_number for layer in chunks[0].decoder.layers],
-        "config": model_config_of(chunks[0]),
-        "loss": _loss(chunks),
-        "gradients": _gradients(chunks),
-    }
+    topology = initialize(Topology.from_name(name))
+    results = {}
+    for layers in cases:
+        for spec in SPECS[layers]:
+            chunks = build_model(SMALL, topology, spec=spec, seed=5)
+            before = {id(layer): layer.layer_number for layer in chunks[0].decoder.layers}
+            assert prune_language_model(chunks, {"drop_layers": list(layers)}) is chunks
+            if folder:
+                save_pruned_model(chunks, f"{folder}/{spec}_{layers}")
+            results[layers, spec] = {
+                "kept": [before[id(layer)] for layer in chunks[0].decoder.layers],
+                "numbers": [layer.layer_number for layer in chunks[0].decoder.layers],
+                "config": model_config_of(chunks[0]),
+                "loss": _loss(chunks),
+                "gradients": _gradients(chunks),
+            }
+    return results
 
 
 def _gradients(chunks):
@@ -74,38 +90,59 @@ def _gradients(chunks):
     return all(p.grad is not None and bool(p.grad.isfinite().all()) for p in chunks[0].parameters())
 
 
-def _reload(topology, spec, folder):
+def _reload(name, cases, folder):
     from nemo_opt.checkpoint.load import restore_model
     from nemo_opt.parallel import initialize
 
-    initialize(topology)
-    chunks, info = restore_model(folder, topology, spec=spec)
-    return {"loss": _loss(chunks), "config": info.model, "layers": len(chunks[0].decoder.layers)}
+    topology = initialize(Topology.from_name(name))
+    results = {}
+    for layers in cases:
+        for spec in SPECS[layers]:
+            chunks, info = restore_model(f"{folder}/{spec}_{layers}", topology, spec=spec)
+            results[layers, spec] = {"loss": _loss(chunks), "config": info.model, "layers": len(chunks[0].decoder.layers)}
+    return results
 
 
 @pytest.mark.ranks
-@LOCAL_TE
-@pytest.mark.parametrize(
-    ("name", "layers", "kept"),
-    [
-        ("TP2PP1", [2], [[1, 3, 4], [1, 3, 4]]),
-        ("TP1PP2", [1, 4], [[2], [3]]),
-        ("TP1PP2", [3], [[1, 2], [4]]),
-        ("TP1PP2", [3, 4], [[1, 2], []]),
-    ],
-)
-def test_the_named_layers_go_and_the_checkpoint_loads_evenly(ranks, tmp_path, name, layers, kept, spec):
-    one = ranks(1).run(_drop, Topology(), spec, layers)[0]
-    several = ranks(2).run(_drop, Topology.from_name(name), spec, layers, str(tmp_path / "dropped"))
-    assert [rank["kept"] for rank in several] == kept
-    assert one["numbers"] == list(range(1, 5 - len(layers)))
-    for rank in several:
-        assert rank["loss"] == pytest.approx(one["loss"], rel=TOLERANCE)
-        assert rank["config"] == one["config"] == SMALL.with_(num_layers=4 - len(layers))
-        assert rank["gradients"]
-    even = [Topology(), Topology(tp=2)] + ([Topology(pp=2)] if len(layers) == 2 else [])
-    for topology in even:
-        loaded = ranks(topology.world_size).run(_reload, topology, spec, str(tmp_path / "dropped"))[0]
-        assert loaded["loss"] == pytest.approx(one["loss"], rel=TOLERANCE), topology.name
-        assert loaded["config"] == one["config"]
-        assert loaded["layers"] == one["config"].num_layers // topology.pp
+def test_the_named_layers_go_and_the_checkpoint_loads_evenly(ranks, tmp_path):
+    expected = ranks(1).run(_drop, "TP1PP1", list(CASES))[0]
+    for layout in ("TP2PP1", "TP1PP2"):
+        cases = [layers for layers in CASES if CASES[layers][0] == layout]
+        for rank, results in enumerate(ranks(2).run(_drop, layout, cases, str(tmp_path))):
+            for (layers, spec), result in results.items():
+                one = expected[layers, spec]
+                assert result["kept"] == CASES[layers][1][rank]
+                assert one["numbers"] == list(range(1, 5 - len(layers)))
+                assert result["loss"] == pytest.approx(one["loss"], rel=TOLERANCE)
+                assert result["config"] == one["config"] == SMALL.with_(num_layers=4 - len(layers))
+                assert result["gradients"]
+    even = [layers for layers in CASES if len(layers) == 2]
+    for layout, cases in (("TP1PP1", list(CASES)), ("TP2PP1", list(CASES)), ("TP1PP2", even)):
+        topology = Topology.from_name(layout)
+        for key, loaded in ranks(topology.world_size).run(_reload, layout, cases, str(tmp_path))[0].items():
+            assert loaded["loss"] == pytest.approx(expected[key]["loss"], rel=TOLERANCE), (layout, key)
+            assert loaded["config"] == expected[key]["config"]
+            assert loaded["layers"] == expected[key]["config"].num_layers // topology.pp
+
+
+def test_without_transformer_engine_pruning_is_refused_by_name(monkeypatch):
+    from nemo_opt.errors import ConfigError
+    from nemo_opt.prune import stages
+
+    monkeypatch.setitem(sys.modules, "modelopt.torch.prune.plugins.mcore_minitron", None)
+    monkeypatch.delattr("modelopt.torch.prune.plugins.mcore_minitron", raising=False)
+    with pytest.raises(ConfigError, match=r"install nemo_opt\[te\]"):
+        stages.minitron_plugin()
+
+
+def test_what_upstream_prints_goes_to_the_log(caplog, capsys):
+    from nemo_opt.prune import stages
+
+    def fail():
+        print("Layerwise scores")
+        raise KeyError
+
+    with caplog.at_level(logging.INFO), pytest.raises(KeyError), stages.upstream_output_to_log():
+        fail()
+    assert "Layerwise scores" in caplog.text
+    assert not capsys.readouterr().out
