@@ -3,10 +3,12 @@
 import ctypes
 import faulthandler
 import json
+import logging
 import os
 import signal
 import sys
 import traceback
+import warnings
 from pathlib import Path
 
 from nemo_opt import launch
@@ -32,6 +34,14 @@ def main(job: Path) -> int:
     return 0
 
 
+def _quiet_upstream() -> None:
+    """Upstream's import-time notices (Apex is not installed, ...) bury what a command says; NEMO_OPT_WARNINGS=1 shows them."""
+    if not os.environ.get("NEMO_OPT_WARNINGS"):
+        warnings.filterwarnings("ignore", module=r"(megatron|modelopt|torch|transformers)\b")
+        warnings.filterwarnings("ignore", category=SyntaxWarning)
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found" on every machine without
+
+
 def _die_with_parent() -> None:
     """A killed parent must not leave ranks behind."""
     if sys.platform == "linux":
@@ -41,6 +51,7 @@ def _die_with_parent() -> None:
 if __name__ == "__main__":
     faulthandler.enable()
     _die_with_parent()
+    _quiet_upstream()
     code = main(Path(sys.argv[1]))
     sys.stdout.flush()
     sys.stderr.flush()

@@ -89,7 +89,7 @@ def _check_layout(topology: Topology, world_size: int, model: "ModelConfig", seq
     return resolved
 
 
-def _check_data(data: "DataConfig | None", topology: Topology, eval_batches: int) -> None:
+def _check_data(data: "DataConfig | None", eval_batches: int) -> None:
     if eval_batches < 0:
         raise ConfigError(f"eval_batches {eval_batches} < 0: give 0 to measure no loss")
     if data is None:
@@ -97,11 +97,6 @@ def _check_data(data: "DataConfig | None", topology: Topology, eval_batches: int
             raise ConfigError(f"{eval_batches} evaluation batches asked for, but no data given")
         return
     data.check()
-    share = data.micro_batch_size * (topology.dp or 1)
-    if data.global_batch_size % share:
-        raise ConfigError(
-            f"global_batch_size {data.global_batch_size} % (micro_batch_size {data.micro_batch_size} * dp {topology.dp}) != 0"
-        )
 
 
 def check_train(
@@ -135,8 +130,8 @@ def check_train(
         _check_vocabulary(Path(tokenizer), model, "model")
     assert model is not None
     resolved = _check_layout(topology, world_size, model, data.seq_length)
-    _check_data(data, resolved, 0)
-    _check_agree(data, training)
+    _check_data(data, 0)
+    _check_training(data, training, resolved)
 
 
 def _check_resume(info: "CheckpointInfo", training: "TrainingConfig") -> None:
@@ -146,7 +141,8 @@ def _check_resume(info: "CheckpointInfo", training: "TrainingConfig") -> None:
         raise ConfigError(f"checkpoint {info.path} is at step {info.iteration} of max_steps {training.max_steps}: ask for more steps")
 
 
-def _check_agree(data: "DataConfig", training: "TrainingConfig") -> None:
+def _check_training(data: "DataConfig", training: "TrainingConfig", topology: Topology) -> None:
+    training.validate(topology)
     for name in ("seq_length", "micro_batch_size", "global_batch_size"):
         if getattr(data, name) != getattr(training, name):
             raise ConfigError(f"{name} {getattr(data, name)} of the data != {getattr(training, name)} of the training: use one value")
@@ -192,7 +188,7 @@ def check_ptq(
         )
     size = quantization.calibration_dataset_size
     _check_samples("calibration_dataset_size", size, quantization.calibration_batch_size, resolved)
-    _check_data(data, resolved, eval_batches)
+    _check_data(data, eval_batches)
 
 
 def check_prune(
@@ -222,11 +218,10 @@ def check_prune(
     resolved = _check_layout(topology, world_size, info.model, data.seq_length if data else None)
     if data is not None:
         tokenizer_directory(info, tokenizer)
-        if num_train_samples < 1 or num_train_samples % data.micro_batch_size:
-            raise ConfigError(
-                f"num_train_samples {num_train_samples} is not a positive multiple of micro_batch_size {data.micro_batch_size}"
-            )
-    _check_data(data, resolved, eval_batches if data is not None else 0)
+        if num_train_samples % data.micro_batch_size:
+            raise ConfigError(f"num_train_samples {num_train_samples} % micro_batch_size {data.micro_batch_size} != 0")
+        _check_samples("num_train_samples", num_train_samples, data.micro_batch_size, resolved)
+    _check_data(data, eval_batches if data is not None else 0)
 
 
 def check_distill(
@@ -254,8 +249,8 @@ def check_distill(
     tokenizer_directory(infos[0], tokenizer)
     for info in infos:
         resolved = _check_layout(topology, world_size, info.model, data.seq_length)
-    _check_data(data, resolved, eval_batches)
-    _check_agree(data, training)
+    _check_data(data, eval_batches)
+    _check_training(data, training, resolved)
 
 
 def _check_distillation(
@@ -305,9 +300,8 @@ def check_evaluate(
             raise ConfigError(
                 f"{path} is a Hugging Face directory, which transformers evaluates without {topology.name}: import it first to split it"
             )
-        resolved = topology.resolve(world_size)
     else:
         info = checkpoint_info(path)
         tokenizer_directory(info, tokenizer)
-        resolved = _check_layout(topology, world_size, info.model, data.seq_length)
-    _check_data(data, resolved, 1)
+        _check_layout(topology, world_size, info.model, data.seq_length)
+    _check_data(data, 1)

@@ -54,6 +54,7 @@ def _tokens(data: DataConfig, topology: Topology, eval_batches: int) -> int:
 def _evaluate_transformers(path: str, data: DataConfig, topology: Topology, tokenizer: str, eval_batches: int) -> EvalResult:
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     start = time.perf_counter()
     with session(topology) as job:
         feed = open_feed(data, tokenizer, eval_batches=eval_batches)

@@ -8,9 +8,12 @@ Decisions:
 
 import json
 import math
+import os
 import shutil
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +35,14 @@ FP8_MAX_LOSS = 0.05
 """Nats that FP8 may move the loss of a trained model by; a wrong scale moves it by whole nats."""
 
 EQUAL_NATS = 1e-5
-"""Bound between two ways of computing one loss in float32: the same weights at another layout, or in transformers."""
+"""Bound between two ways of computing one loss in float32: the same weights at another layout, or in transformers (measured: 5e-8)."""
+
+FP8_EQUAL_NATS = 1e-4
+"""The same for a quantised model: an activation that differs in its last bit may round to the neighbouring FP8 value (measured: 3.3e-6)."""
 
 _RESULT = "quickstart.json"
 _PAGE = "quickstart.html"
+_LOG = "quickstart.log"
 _ARTEFACTS = ("teacher-fp8", "teacher-fp8-local", "pruned", "distilled", "distilled-hf")
 _RANKS = 2
 _BATCHES, _MICRO_BATCH = 8, 8  # 64 samples of 128 tokens: the whole validation part of the corpus
@@ -77,42 +84,47 @@ def run_steps(*, root: str, output: str, steps: int = _DISTILL_STEPS) -> list[Ro
     out = {name: str(Path(output) / name) for name in _ARTEFACTS}
     tp2, pp2 = Topology(tp=2), Topology(pp=2)
     data, teacher = _data(made), str(made.teacher)
-    say = _announce()
+    log = Path(output) / _LOG
 
-    say("teacher")
-    before = api.evaluate(path=teacher, data=data, topology=tp2, eval_batches=_BATCHES)
-    rows = [_teacher_row(made, before)]
-    say("FP8 at TP2")
-    fp8 = api.ptq(checkpoint=teacher, **_ptq(out["teacher-fp8"]), data=data, topology=tp2, eval_batches=_BATCHES)
-    rows.append(_ptq_row("teacher, FP8", fp8, before.loss))
-    say("FP8 at PP2")
-    reloaded = api.evaluate(path=fp8.path, data=data, topology=pp2, eval_batches=_BATCHES)
-    rows.append(_reload_row("the same, loaded at another layout", reloaded, fp8.loss_after))
-    local = api.ptq(checkpoint=teacher, **_ptq(out["teacher-fp8-local"]), data=data, topology=pp2, eval_batches=_BATCHES, spec="local")
-    rows.append(_ptq_row("teacher, FP8", local, before.loss))
-    say("pruning at PP2")
-    pruned = api.prune(checkpoint=teacher, output=out["pruned"], **_prune(), data=data, topology=pp2, eval_batches=_BATCHES)
-    rows.append(_prune_row(pruned))
-    say("distillation at PP2")
-    training = _distill(data, steps)
-    distilled = api.distill(student=pruned.path, teacher=teacher, output=out["distilled"], **training, topology=pp2, log_dir=output)
-    rows.append(_distill_row(distilled))
-    say("export to Hugging Face at TP2")
-    export = api.export_ckpt(checkpoint=distilled.path, output=out["distilled-hf"], topology=tp2)
-    # Two replicas share the samples that one had above.
-    reopened = api.evaluate(path=export.path, data=data, topology=Topology(), eval_batches=_BATCHES // _RANKS)
-    rows.append(_export_row(reopened, distilled.loss_after, export.time_s))
+    with _announce(log) as say:
+        say("teacher")
+        before = api.evaluate(path=teacher, data=data, topology=tp2, eval_batches=_BATCHES)
+        rows = [_teacher_row(made, before)]
+        say("FP8 at TP2")
+        fp8 = api.ptq(checkpoint=teacher, **_ptq(out["teacher-fp8"]), data=data, topology=tp2, eval_batches=_BATCHES)
+        rows.append(_ptq_row("teacher, FP8", fp8, before.loss))
+        say("FP8 at PP2")
+        reloaded = api.evaluate(path=fp8.path, data=data, topology=pp2, eval_batches=_BATCHES)
+        rows.append(_reload_row("the same, loaded at another layout", reloaded, fp8.loss_after, FP8_EQUAL_NATS))
+        local = api.ptq(checkpoint=teacher, **_ptq(out["teacher-fp8-local"]), data=data, topology=pp2, eval_batches=_BATCHES, spec="local")
+        rows.append(_ptq_row("teacher, FP8", local, before.loss))
+        say("pruning at PP2")
+        pruned = api.prune(checkpoint=teacher, output=out["pruned"], **_prune(), data=data, topology=pp2, eval_batches=_BATCHES)
+        rows.append(_prune_row(pruned))
+        say("distillation at PP2")
+        training = _distill(data, steps)
+        distilled = api.distill(student=pruned.path, teacher=teacher, output=out["distilled"], **training, topology=pp2, log_dir=output)
+        rows.append(_distill_row(distilled))
+        say("export to Hugging Face at TP2")
+        export = api.export_ckpt(checkpoint=distilled.path, output=out["distilled-hf"], topology=tp2)
+        # Two replicas share the samples that one had above.
+        reopened = api.evaluate(path=export.path, data=data, topology=Topology(), eval_batches=_BATCHES // _RANKS)
+        rows.append(_export_row(reopened, distilled.loss_after, export.time_s))
     return rows
 
 
-def _announce() -> Callable[[str], None]:
-    start = time.perf_counter()
+@contextmanager
+def _announce(log: Path) -> Iterator[Callable[[str], None]]:
+    """A function that says on rank 0 which step begins; what ModelOpt prints meanwhile (long tables) goes to `log`."""
+    start, stdout = time.perf_counter(), sys.stdout
 
     def say(step: str) -> None:
         if rank() == 0:
-            print(f"[{time.perf_counter() - start:5.0f} s] {step}", flush=True)
+            print(f"[{time.perf_counter() - start:5.0f} s] {step}", file=stdout, flush=True)
+            print(f"=== {step}")
 
-    return say
+    with log.open("a") if rank() == 0 else open(os.devnull, "w") as file, redirect_stdout(file):  # noqa: PTH123
+        yield say
 
 
 def _data(made: fixtures.Fixtures, gbs: int = _MICRO_BATCH) -> DataConfig:
@@ -135,7 +147,7 @@ def _ptq(output: str) -> dict[str, Any]:
 def _prune() -> dict[str, Any]:
     from nemo_opt.prune.config import PruningConfig
 
-    pruning = PruningConfig(target_hidden_size=96, target_ffn_hidden_size=192, target_num_layers=3)
+    pruning = PruningConfig(target_hidden_size=96, target_ffn_hidden_size=192, target_num_layers=2)
     return {"pruning": pruning, "num_train_samples": 64}
 
 
@@ -199,13 +211,13 @@ def _ptq_row(what: str, result: PtqResult, teacher_loss: float) -> Row:
         what,
         result.loss_before,
         result.loss_after,
-        f"{result.quantizers} quantizers",
+        f"{result.bytes_before / 1e6:.3g} MB -> {result.bytes_after / 1e6:.3g} MB",
         good,
-        f"loss moved by {moved:.4f} (<= {FP8_MAX_LOSS:g}, not 0)",
+        f"{result.quantizers} quantizers moved the loss by {moved:.4f} (<= {FP8_MAX_LOSS:g}, not 0)",
     )
 
 
-def _reload_row(what: str, result: EvalResult, expected: float | None) -> Row:
+def _reload_row(what: str, result: EvalResult, expected: float | None, bound: float = EQUAL_NATS) -> Row:
     assert expected is not None
     difference = abs(result.loss - expected)
     return _row(
@@ -214,13 +226,13 @@ def _reload_row(what: str, result: EvalResult, expected: float | None) -> Row:
         expected,
         result.loss,
         _count(result.parameters),
-        difference <= EQUAL_NATS,
-        f"equal within {difference:.1e} (<= {EQUAL_NATS:g})",
+        difference <= bound,
+        f"equal within {difference:.1e} (<= {bound:g})",
     )
 
 
 def _prune_row(result: PruneResult) -> Row:
-    targets = {"hidden_size": 96, "ffn_hidden_size": 192, "num_layers": 3}
+    targets = {"hidden_size": 96, "ffn_hidden_size": 192, "num_layers": 2}
     reached = all(result.model_after[name] == size for name, size in targets.items())
     smaller = result.parameters < result.parameters_before
     size = f"{_count(result.parameters_before)} -> {_count(result.parameters)}"
@@ -277,7 +289,7 @@ def _prepare(output: Path) -> None:
         raise ConfigError(f"output {output} is not empty and holds no earlier quickstart: choose another directory")
     for name in _ARTEFACTS:
         shutil.rmtree(output / name, ignore_errors=True)
-    for name in (_RESULT, _PAGE, "metrics.jsonl"):
+    for name in (_RESULT, _PAGE, _LOG, "metrics.jsonl"):
         (output / name).unlink(missing_ok=True)
     output.mkdir(parents=True, exist_ok=True)
     (output / ".quickstart").touch()

@@ -18,7 +18,8 @@ step "evaluate the result at another layout" 300 py -m nemo_opt.cli eval "$OUT/f
 # FP8 has 3 bits of mantissa: it moves the loss, but by far less than a wrong scale would.
 check "$OUT/ptq.json" 'algorithm == "fp8"' 'layout == "TP1PP2"' 'quantizers > 0' 'loss_before < facts.loss_uniform - 2' \
     'abs(loss_after - loss_before) < 0.05' 'loss_after != loss_before' --with facts="$FIXTURES/fixtures.json"
-check "$OUT/eval.json" --with ptq="$OUT/ptq.json" 'layout != ptq.layout' 'abs(loss - ptq.loss_after) < 1e-5'
+# Not to the last bit: an activation that differs there may round to the neighbouring FP8 value (measured: 3.3e-6).
+check "$OUT/eval.json" --with ptq="$OUT/ptq.json" 'layout != ptq.layout' 'abs(loss - ptq.loss_after) < 1e-4'
 
 # NeMo's script exits 0 here without having quantised anything.
 refused 2 "exists and is not empty" ptq
