@@ -66,6 +66,7 @@ def write_sharded(state: dict[str, Any], folder: Path) -> None:
     """
     on_first(lambda: folder.mkdir())
     failures: list[Exception] = []
+    consequence = ""
     try:
         with _in_this_process(failures):
             dist_checkpointing.save(
@@ -76,8 +77,9 @@ def write_sharded(state: dict[str, Any], folder: Path) -> None:
                 preprocess_common_before_consistancy_check=lambda _: {},
             )
     except CheckpointException as error:  # raised on every rank; a BaseException
-        failures.append(RuntimeError(str(error)))
-    reasons = [str(reason) for reasons in on_each(lambda: [str(failure) for failure in failures]) for reason in reasons]
+        consequence = str(error)
+    causes = [cause for causes in on_each(lambda: [str(failure) for failure in failures]) for cause in causes]
+    reasons = [*causes, consequence] if causes or consequence else []
     if reasons:
         raise CheckpointError(f"could not write {folder}: {reasons[0]} ({_free_bytes(folder) / 1e9:.2f} GB free)")
 
