@@ -5,19 +5,27 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
-    from nemo_opt.quantize.amax import amax_by_name as amax_by_name
-    from nemo_opt.quantize.calibration import calibration_loop as calibration_loop
-    from nemo_opt.quantize.config import ExportConfig as ExportConfig
-    from nemo_opt.quantize.config import QuantizationConfig as QuantizationConfig
-    from nemo_opt.quantize.quantizer import QUANT_CFG_CHOICES as QUANT_CFG_CHOICES
-    from nemo_opt.quantize.quantizer import Quantizer as Quantizer
+    from nemo_opt.quantize.amax import amax_by_name
+    from nemo_opt.quantize.calibration import calibration_loop
+    from nemo_opt.quantize.config import ExportConfig, QuantizationConfig
+    from nemo_opt.quantize.quantizer import QUANT_CFG_CHOICES, Quantizer, get_quant_cfg_choices
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
+__all__ = [
+    "QUANT_CFG_CHOICES",
+    "ExportConfig",
+    "QuantizationConfig",
+    "Quantizer",
+    "amax_by_name",
+    "calibration_loop",
+    "get_quant_cfg_choices",
+]
+
+__getattr__, __dir__, _ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "amax": ["amax_by_name"],
         "calibration": ["calibration_loop"],
         "config": ["ExportConfig", "QuantizationConfig"],
-        "quantizer": ["QUANT_CFG_CHOICES", "Quantizer"],
+        "quantizer": ["QUANT_CFG_CHOICES", "Quantizer", "get_quant_cfg_choices"],
     },
 )

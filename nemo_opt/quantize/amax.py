@@ -1,6 +1,6 @@
 """amax of every quantizer under its global name, independent of the layout: what parity tests and reports compare.
 
-Names count layers over all pipeline stages and experts over all expert-parallel ranks. A per-channel weight amax is put together from the
+Names count layers over all pipeline stages. A per-channel weight amax is put together from the
 tensor-parallel shards in the order of the unsharded weight, where a gated MLP keeps all gate rows before all up rows.
 """
 
@@ -16,10 +16,9 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 
 from nemo_opt.errors import ConfigError
 
-__all__ = ["amax_by_name", "count_quantizers"]
+__all__ = ["amax_by_name"]
 
 _LOCAL_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
-_LOCAL_EXPERT = re.compile(r"local_experts\.(\d+)\.")
 
 
 def amax_by_name(chunks: list[torch.nn.Module]) -> dict[str, torch.Tensor]:
@@ -39,15 +38,9 @@ def amax_by_name(chunks: list[torch.nn.Module]) -> dict[str, torch.Tensor]:
     }
     stage = {name: _join([rank[name] for rank in _gather(own, parallel_state.get_tensor_model_parallel_group())]) for name in own}
     merged: dict[str, torch.Tensor] = {}
-    for group in (parallel_state.get_pipeline_model_parallel_group(), parallel_state.get_expert_model_parallel_group()):
-        for part in _gather(merged or stage, group):
-            merged = {**merged, **part}
+    for part in _gather(stage, parallel_state.get_pipeline_model_parallel_group()):
+        merged |= part
     return dict(sorted(merged.items()))
-
-
-def count_quantizers(chunks: list[torch.nn.Module]) -> int:
-    """Enabled quantizers of the whole model, on every rank the same. Collective."""
-    return len(amax_by_name(chunks))
 
 
 def _quantizers(chunks: list[torch.nn.Module]) -> list[tuple[str, torch.nn.Module, TensorQuantizer]]:
@@ -66,11 +59,7 @@ def _global_name(chunk: Any, name: str) -> str:
     def layer(match: re.Match[str]) -> str:
         return f"decoder.layers.{chunk.decoder.layers[int(match[1])].layer_number - 1}."
 
-    def expert(match: re.Match[str]) -> str:
-        experts = chunk.config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
-        return f"local_experts.{int(match[1]) + parallel_state.get_expert_model_parallel_rank() * experts}."
-
-    return _LOCAL_EXPERT.sub(expert, _LOCAL_LAYER.sub(layer, name))
+    return _LOCAL_LAYER.sub(layer, name)
 
 
 def _flat(quantizer: TensorQuantizer) -> torch.Tensor | None:

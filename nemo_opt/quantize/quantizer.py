@@ -15,11 +15,13 @@ import nemo_opt._stack
 import modelopt.torch.quantization as mtq
 import torch
 import torch.distributed as dist
+from modelopt.torch.quantization.nn import TensorQuantizer
 from modelopt.torch.quantization.utils import is_quantized
 
 from nemo_opt.checkpoint.amax_sharding import repair_amax_sharding
+from nemo_opt.checkpoint.collective import on_each
 from nemo_opt.checkpoint.save import save_checkpoint
-from nemo_opt.errors import ConfigError
+from nemo_opt.errors import ConfigError, DataError
 from nemo_opt.models.build import unwrap
 from nemo_opt.parallel import Topology, current_topology
 from nemo_opt.quantize.config import ALGORITHMS, ExportConfig, QuantizationConfig
@@ -73,7 +75,8 @@ class Quantizer:
             the model that was passed.
 
         Raises:
-            ConfigError: if there is no forward loop, the model is already quantized, or it is cut into several chunks.
+            ConfigError: if there is no forward loop, or the model is quantized already, cut into several chunks, or has experts.
+            DataError: if calibration left a quantizer without a finite amax.
 
         """
         if self.quant_cfg is None:
@@ -85,6 +88,7 @@ class Quantizer:
             _log.warning("enable_kv_cache=True has no effect beside %s: the KV cache stays unquantised", self.quantization_config.algorithm)
         repair_amax_sharding()
         mtq.quantize(target, copy.deepcopy(self.quant_cfg), forward_loop)
+        on_each(lambda: _check_calibrated(target))
         if dist.get_rank() == 0:
             mtq.print_quant_summary(target)
         return model
@@ -151,6 +155,24 @@ def _target(model: Any) -> Any:
     if not isinstance(model, torch.nn.Module | list):
         return model
     gpt_model = unwrap(model)
+    if gpt_model.config.num_moe_experts is not None:
+        raise ConfigError(f"quantizing mixture-of-experts models ({gpt_model.config.num_moe_experts} experts) is not supported yet")
     if is_quantized(gpt_model):
         raise ConfigError("the model is already quantized: start from an unquantized checkpoint")
     return gpt_model
+
+
+def _check_calibrated(model: Any) -> None:
+    """Refuse a result that would quantize to NaN: ModelOpt only warns of an amax that is missing, infinite or NaN."""
+    bad = [name for name, module in model.named_modules() if isinstance(module, TensorQuantizer) and not _is_calibrated(module)]
+    if bad:
+        raise DataError(
+            f"calibration gave {len(bad)} quantizers no finite amax, first {bad[0]}: look for NaN in the weights or activations"
+        )
+
+
+def _is_calibrated(quantizer: TensorQuantizer) -> bool:
+    if not quantizer.is_enabled:
+        return True
+    amax = getattr(quantizer, "_amax", None)
+    return amax is not None and bool(amax.isfinite().all())

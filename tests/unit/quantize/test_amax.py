@@ -35,6 +35,7 @@ def _quantize(name, folder=None):
     """All cases at one layout, in one start of the ranks."""
     from megatron.core import parallel_state
 
+    from nemo_opt.data.batches import cp_slice
     from nemo_opt.models.build import build_model
     from nemo_opt.parallel import initialize
     from nemo_opt.quantize.amax import amax_by_name
@@ -43,17 +44,18 @@ def _quantize(name, folder=None):
     from nemo_opt.quantize.quantizer import Quantizer
 
     topology = initialize(Topology.from_name(name))
-    loop = calibration_loop(_batches(parallel_state.get_data_parallel_rank(), topology.dp))
+    loop = calibration_loop([cp_slice(batch) for batch in _batches(parallel_state.get_data_parallel_rank(), topology.dp)])
     results = {}
     for spec, algorithm in CASES:
-        if spec == "local" and topology.sp:
-            continue  # Megatron-Core's local norms refuse sequence parallelism
+        if spec == "local" and (topology.sp or topology.cp > 1):
+            continue  # Megatron-Core's local modules refuse both
         chunks = build_model(SMALL, topology, spec=spec, seed=5)
         quantizer = Quantizer(QuantizationConfig(algorithm=algorithm), ExportConfig(path="unused", export_format="nemo"))
         assert quantizer.quantize(chunks, loop) is chunks
         if folder:
             quantizer.export(chunks, f"{folder}/{spec}_{algorithm}")
-        results[spec, algorithm] = {"amax": amax_by_name(chunks), "loss": _loss(chunks), "maxima": _row_maxima(chunks)}
+        loss = _loss(chunks) if topology.cp == 1 else None  # CP would need the loss's own reduction
+        results[spec, algorithm] = {"amax": amax_by_name(chunks), "loss": loss, "maxima": _row_maxima(chunks)}
     return results
 
 
@@ -115,7 +117,7 @@ def saved(ranks, tmp_path_factory):
     def get(layout):
         if layout not in made:
             folder = tmp_path_factory.mktemp(layout)
-            made[layout] = ranks(2).run(_quantize, layout, str(folder)), str(folder)
+            made[layout] = ranks(Topology.from_name(layout).world_size).run(_quantize, layout, str(folder)), str(folder)
         return made[layout]
 
     return get
@@ -132,10 +134,10 @@ def test_weight_amax_is_the_largest_weight(single, case):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("layout", ["TP2PP1", "TP1PP2", "TP2PP1SP", "DP2"])
+@pytest.mark.parametrize("layout", ["TP2PP1", "TP1PP2", "TP2PP2", "TP2PP1SP", "DP2", "CP2"])
 def test_amax_of_every_layout_is_the_single_ranks(saved, single, layout):
     for results in saved(layout)[0]:
-        assert len(results) == (2 if layout.endswith("SP") else 4)
+        assert len(results) == (2 if layout in ("TP2PP1SP", "CP2") else 4)
         for case, result in results.items():
             expected = single[case]["amax"]
             assert result["amax"].keys() == expected.keys()

@@ -7,9 +7,10 @@ from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
+from modelopt.torch.quantization.nn import TensorQuantizer
 from omegaconf import DictConfig
 
-from nemo_opt.errors import ConfigError
+from nemo_opt.errors import ConfigError, DataError
 from nemo_opt.parallel import Topology
 from nemo_opt.quantize.config import ExportConfig, QuantizationConfig
 from nemo_opt.quantize.quantizer import QUANT_CFG_CHOICES, Quantizer, get_quant_cfg_choices
@@ -140,7 +141,8 @@ def test_other_modules_are_refused(patched):
 
 
 def test_quantized_model_is_refused(patched):
-    gpt_model = MagicMock(spec=torch.nn.Module)
+    gpt_model = MagicMock()
+    gpt_model.config.num_moe_experts = None
     with (
         patch(f"{HERE}.unwrap", return_value=gpt_model),
         patch(f"{HERE}.is_quantized", return_value=True),
@@ -148,6 +150,24 @@ def test_quantized_model_is_refused(patched):
     ):
         Quantizer(QuantizationConfig()).quantize([gpt_model], MagicMock())
     patched.quantize.assert_not_called()
+
+
+def test_experts_are_refused(patched):
+    gpt_model = MagicMock()
+    gpt_model.config.num_moe_experts = 4
+    with patch(f"{HERE}.unwrap", return_value=gpt_model), pytest.raises(ConfigError, match=r"mixture-of-experts models \(4 experts\)"):
+        Quantizer(QuantizationConfig()).quantize([gpt_model], MagicMock())
+    patched.quantize.assert_not_called()
+
+
+@pytest.mark.parametrize("amax", [None, float("nan"), float("inf")])
+def test_quantizer_without_a_finite_amax_is_refused(patched, amax):
+    model = torch.nn.ModuleDict({"good": TensorQuantizer(amax=1.0), "bad": TensorQuantizer(), "off": TensorQuantizer(if_quant=False)})
+    model["off"].disable()
+    if amax is not None:
+        model["bad"].register_buffer("_amax", torch.tensor(amax))
+    with patch(f"{HERE}._target", return_value=model), pytest.raises(DataError, match="1 quantizers no finite amax, first bad"):
+        Quantizer(QuantizationConfig()).quantize(model, MagicMock())
 
 
 def test_export_needs_a_configuration():
