@@ -1,9 +1,12 @@
 """Validation loss: the mean over valid tokens in nats, the same on every rank."""
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import nemo_opt._stack
+
+from megatron.core.utils import get_model_config
 
 from nemo_opt.errors import DataError
 from nemo_opt.training.losses import Batch, LossFunction
@@ -40,7 +43,7 @@ def evaluate_metrics(chunks: Any, batches: Iterable[Batch], num_batches: int, *,
     try:
         step = MegatronStep(
             model=chunks,
-            data_iterator=_chain(first, iterator),
+            data_iterator=chain([first], iterator),
             loss_fn=loss_fn,
             seq_length=seq_length,
             micro_batch_size=size,
@@ -54,13 +57,6 @@ def evaluate_metrics(chunks: Any, batches: Iterable[Batch], num_batches: int, *,
 
 
 def _batch_shape(batch: Batch, chunk: Any) -> tuple[int, int]:
-    from megatron.core.utils import get_model_config
-
     tokens = batch["tokens"]
     assert tokens is not None
     return tokens.shape[0], tokens.shape[1] * get_model_config(chunk).context_parallel_size
-
-
-def _chain(first: Batch, rest: Iterable[Batch]) -> Any:
-    yield first
-    yield from rest

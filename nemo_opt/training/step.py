@@ -5,6 +5,7 @@ last stage's sums into means that are the same on every rank.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 
 from nemo_opt.device import local_device
 from nemo_opt.errors import ConfigError, DataError
@@ -89,7 +91,7 @@ class MegatronStep:
         arguments: dict[str, Any] = {}
         if parallel_state.get_pipeline_model_parallel_world_size() > 1 and (adjust := self.adjust_tensor_shapes_fn) is not None:
             arguments["adjust_tensor_shapes_fn"] = adjust
-        with torch.set_grad_enabled(not self.forward_only):
+        with torch.set_grad_enabled(not self.forward_only), _interleaved_groups(self.model, self.num_microbatches):
             return get_forward_backward_func()(
                 forward_step_func=self._forward_step,
                 data_iterator=[iter(micro_batches) for _ in self.model],
@@ -106,6 +108,23 @@ class MegatronStep:
         batch = next(data_iterator)
         output = model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"), labels=batch["labels"])
         return output, self.loss_fn(model, batch)
+
+
+@contextmanager
+def _interleaved_groups(chunks: list[Any], num_microbatches: int) -> Iterator[None]:
+    """The interleaved schedule takes micro-batches in groups of pp; where that leaves a rest, they all become one group."""
+    if len(chunks) == 1:
+        yield
+        return
+    config, pp = get_model_config(chunks[0]), parallel_state.get_pipeline_model_parallel_world_size()
+    if num_microbatches < pp:
+        raise ConfigError(f"{num_microbatches} micro-batches < pp {pp}, too few for interleaved stages: take more, or vp 1")
+    group = config.microbatch_group_size_per_vp_stage
+    config.microbatch_group_size_per_vp_stage = num_microbatches if num_microbatches % pp else pp
+    try:
+        yield
+    finally:
+        config.microbatch_group_size_per_vp_stage = group
 
 
 def _mean_over_ranks(outputs: list[Metrics]) -> dict[str, float]:
