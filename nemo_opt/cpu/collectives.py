@@ -54,14 +54,36 @@ def install() -> None:
         wrapped = wrapper(getattr(c10d, name))
         set_attribute(c10d, name, wrapped)
         set_attribute(dist, name, wrapped)
-    init_device_mesh = dist.device_mesh.init_device_mesh
+    mesh = _device_first(dist.device_mesh.init_device_mesh)
+    set_attribute(dist, "init_device_mesh", mesh)
+    set_attribute(dist.device_mesh, "init_device_mesh", mesh)
+    set_attribute(dist.DeviceMesh, "__init__", _device_first(dist.DeviceMesh.__init__, position=1))
+    parallel = torch.nn.parallel.DistributedDataParallel
+    set_attribute(parallel, "__init__", _without_device_ids(parallel.__init__))
 
-    @functools.wraps(init_device_mesh)
-    def redirected_mesh(device_type: str, *args: Any, **kwargs: Any) -> Any:
-        return init_device_mesh("cpu" if names_cuda(device_type) else device_type, *args, **kwargs)
 
-    set_attribute(dist, "init_device_mesh", redirected_mesh)
-    set_attribute(dist.device_mesh, "init_device_mesh", redirected_mesh)
+def _device_first(original: Callable[..., Any], position: int = 0) -> Callable[..., Any]:
+    """Wraps a function with a device type at `position`, or by name."""
+
+    @functools.wraps(original)
+    def redirected(*args: Any, **kwargs: Any) -> Any:
+        if len(args) > position and names_cuda(args[position]):
+            args = (*args[:position], "cpu", *args[position + 1 :])
+        elif names_cuda(kwargs.get("device_type")):
+            kwargs["device_type"] = "cpu"
+        return original(*args, **kwargs)
+
+    return redirected
+
+
+def _without_device_ids(original: Callable[..., None]) -> Callable[..., None]:
+    """PyTorch's data parallelism refuses device ids for a module in main memory; there is one copy of it in either case."""
+
+    @functools.wraps(original)
+    def __init__(self: Any, module: Any, device_ids: Any = None, output_device: Any = None, *args: Any, **kwargs: Any) -> None:
+        original(self, module, None, None, *args, **kwargs)
+
+    return __init__
 
 
 def _on_gloo(backend: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from nemo_opt.cpu import devices, rng
-from nemo_opt.cpu.patches import set_functions
+from nemo_opt.cpu.patches import set_attribute, set_functions
 
 __all__ = ["install"]
 
@@ -24,7 +24,7 @@ _CAPABILITY = (8, 0)
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
-    """There is nothing to wait for, to empty or to initialise."""
+    """There is nothing to wait for, to empty, to initialise or to profile."""
 
 
 def _lazy_call(function: Callable[[], Any], **kwargs: Any) -> None:
@@ -76,7 +76,11 @@ def _memory_stats(device: Any = None) -> dict[str, int]:
         for kind in ("allocated", "reserved", "active")
         for when, value in (("current", now), ("peak", peak))
     }
-    return stats | {"num_alloc_retries": 0, "num_ooms": 0, "allocation.all.current": 0, "allocation.all.allocated": 0}
+    return stats | {"num_alloc_retries": 0, "num_ooms": 0}
+
+
+def _memory_summary(device: Any = None, abbreviated: bool = False) -> str:
+    return f"resident memory of the process: {_memory_allocated()} bytes, at most {_max_memory_allocated()} since the last reset"
 
 
 def _total_memory() -> int:
@@ -109,6 +113,13 @@ def _device_properties(device: Any = None) -> SimpleNamespace:
         L2_cache_size=0,
         gcnArchName="",
     )
+
+
+class CUDAGraph:
+    """Stands for `torch.cuda.CUDAGraph` and says at once that it cannot be had."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("CUDA graphs cannot be captured on the CPU backend; switch them off (Megatron-Core: cuda_graph_impl='none')")
 
 
 @contextlib.contextmanager
@@ -170,6 +181,8 @@ def install() -> None:
         "reset_max_memory_allocated": _reset_peak,
         "reset_accumulated_memory_stats": _nothing,
         "memory_stats": _memory_stats,
+        "memory_summary": _memory_summary,
+        "memory_snapshot": lambda *args, **kwargs: [],
         "mem_get_info": _mem_get_info,
         "device_memory_used": _memory_allocated,
         "get_device_name": _device_name,
@@ -178,5 +191,9 @@ def install() -> None:
         "is_bf16_supported": lambda including_emulation=True: True,
     }
     set_functions(torch.cuda, replacements)
+    set_attribute(torch.cuda, "CUDAGraph", CUDAGraph)
+    for name in filter(replacements.__contains__, torch.cuda.memory.__all__):
+        set_attribute(torch.cuda.memory, name, getattr(torch.cuda, name))
+    set_functions(torch.cuda.profiler, {"start": _nothing, "stop": _nothing})
     set_functions(torch.accelerator, _accelerator_functions())
     set_functions(torch.cuda.nvtx, {"range_push": lambda msg: 0, "range_pop": lambda: 0, "mark": _nothing, "range": _nvtx_range})

@@ -125,6 +125,7 @@ def _wrap_contexts() -> None:
     """`with torch.device("cuda")`, `torch.set_default_device("cuda")` and `torch.autocast("cuda")`."""
     context, autocast = torch_device_context.DeviceContext, torch.autocast
     enter_context, enter_autocast = context.__init__, autocast.__init__
+    outside = torch.get_autocast_dtype("cuda")  # what autocast("cuda") computes in unless an outer one says otherwise
 
     @functools.wraps(enter_context)
     def context_init(self: Any, device: Any) -> None:
@@ -133,11 +134,26 @@ def _wrap_contexts() -> None:
     @functools.wraps(enter_autocast)
     def autocast_init(self: Any, device_type: str, dtype: Any = None, enabled: bool = True, *args: Any, **kwargs: Any) -> None:
         if device_type == "cuda":
-            device_type, dtype = "cpu", dtype or torch.get_autocast_dtype("cuda")
+            device_type = "cpu"
+            dtype = dtype or (torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else outside)
         enter_autocast(self, device_type, dtype, enabled, *args, **kwargs)
 
+    for name in ("is_autocast_enabled", "get_autocast_dtype"):
+        _wrap_autocast_question(name)
+    _redirect(torch, "get_autocast_gpu_dtype", lambda: torch.get_autocast_dtype("cpu"))
     _redirect(context, "__init__", context_init)
     _redirect(autocast, "__init__", autocast_init)
+
+
+def _wrap_autocast_question(name: str) -> None:
+    """Asked about CUDA, or about no device, the answer is what holds for the operations that are computed."""
+    original = getattr(torch, name)
+
+    @functools.wraps(original)
+    def redirected(device_type: str = "cuda") -> Any:
+        return original("cpu" if device_type == "cuda" else device_type)
+
+    _redirect(torch, name, redirected)
 
 
 def _generator_class() -> type:

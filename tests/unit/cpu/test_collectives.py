@@ -82,6 +82,20 @@ def test_reductions_that_megatron_uses(ranks):
         assert coalesced == [[2.0, 2.0], [2.0, 2.0, 2.0]]
 
 
+def _data_parallel():
+    layer = torch.nn.Linear(2, 1, bias=False).cuda()
+    model = torch.nn.parallel.DistributedDataParallel(layer, device_ids=[dist.get_rank()], output_device=dist.get_rank())
+    model(torch.full((1, 2), float(dist.get_rank()))).sum().backward()
+    mesh = dist.init_device_mesh("cuda", (2,), mesh_dim_names=("dp",))
+    return layer.weight.grad.tolist(), mesh.device_type, mesh.get_local_rank()
+
+
+def test_data_parallelism_and_meshes_of_gpu_programs(ranks):
+    for rank, (grad, device_type, local_rank) in enumerate(ranks(2).run(_data_parallel)):
+        assert grad == [[0.5, 0.5]]
+        assert (device_type, local_rank) == ("cpu", rank)
+
+
 def _share_groups():
     before = collectives.shared_groups()
     first = dist.new_group([0, 1], backend="nccl")

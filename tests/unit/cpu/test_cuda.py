@@ -89,6 +89,17 @@ def test_data_loader_that_pins_memory_delivers(pretended):
     assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3]]
 
 
+def test_memory_module_answers_like_the_package():
+    assert torch.cuda.memory.memory_allocated() > 0
+    assert "resident memory" in torch.cuda.memory_summary()
+    assert torch.cuda.memory_snapshot() == []
+
+
+def test_cuda_graphs_are_refused_at_once():
+    with pytest.raises(RuntimeError, match="cannot be captured on the CPU backend"):
+        torch.cuda.CUDAGraph()
+
+
 def test_nvtx_ranges_are_silent():
     torch.cuda.nvtx.range_push("a")
     torch.cuda.nvtx.range_pop()

@@ -128,8 +128,25 @@ def test_redirect_holds_in_backward_in_recomputation_and_in_threads(thread):
     assert x.grad.tolist() == [2.0, 2.0]
 
 
+def test_autocast_is_seen_by_those_who_ask():
+    assert not torch.is_autocast_enabled()
+    with torch.cuda.amp.autocast(dtype=torch.bfloat16):
+        assert torch.is_autocast_enabled()
+        assert torch.is_autocast_enabled("cuda")
+        assert torch.get_autocast_dtype("cuda") == torch.get_autocast_gpu_dtype() == torch.bfloat16
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_compiled_functions_reach_main_memory():
+    @torch.compile(backend="eager", fullgraph=True)
+    def compiled(x):
+        return x + torch.ones(2, device="cuda") * torch.full((2,), 2.0, device=torch.device("cuda", 0))
+
+    assert compiled(torch.zeros(2)).tolist() == [2.0, 2.0]
+
+
 def test_autocast_of_cuda_is_autocast_of_what_computes():
-    with torch.autocast("cuda", dtype=torch.bfloat16):
+    with torch.autocast("cuda", dtype=torch.bfloat16), torch.autocast("cuda"):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
     with torch.autocast("cuda"):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float16
