@@ -21,8 +21,8 @@ def test_both_specs_compute_the_same_loss(one_rank, changes):
         (model,) = build_model(config, one_rank, spec=spec)
         assert spec_of(model) == spec
         losses[spec] = model(TOKENS, TOKENS, None, labels=TOKENS + 1)
-    # measured: equal bits for the dense models, 2e-7 relative with experts
-    assert torch.allclose(losses["local"], losses["te"], rtol=2e-6, atol=0)
+    # measured: 9e-8 relative, one rounding of float32
+    assert torch.allclose(losses["local"], losses["te"], rtol=1e-6, atol=0)
     assert losses["te"].mean().item() == pytest.approx(torch.tensor(256.0).log().item(), rel=0.05)
 
 

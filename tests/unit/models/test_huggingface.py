@@ -87,10 +87,11 @@ def _import_compare_export(directory, topology, spec, out_dir):
     return ((logits_BSV[..., :300] - expected_BSV).abs().max() / expected_BSV.abs().max()).item()
 
 
-def _at_layout(directory, name, spec, out_dir):
+def _at_layout(name, cases):
+    """Of each case (directory, spec, out_dir), at the layout `name`."""
     topology = Topology.from_name(name)
     with parallel(topology):
-        return _import_compare_export(directory, topology, spec, out_dir)
+        return [_import_compare_export(directory, topology, spec, out_dir) for directory, spec, out_dir in cases]
 
 
 def _round_trip_is_exact(directory, out_dir):
@@ -106,30 +107,24 @@ def test_logits_are_those_of_transformers(one_rank, hf_dirs, tmp_path, model, sp
     assert _round_trip_is_exact(hf_dirs[model], tmp_path / "out")
 
 
-def _cases(name):
-    """Ranks of layout `name`, each with two models: one of either spec."""
-    return [pytest.param(name, "plain", "te", id=f"{name}-untied"), pytest.param(name, "tied, grouped", "local", id=f"{name}-tied")]
+@pytest.mark.ranks
+@pytest.mark.parametrize(("size", "name"), [(2, "TP2"), (2, "PP2"), (2, "PP2VP2"), (4, "TP2PP2")])
+def test_every_layout_computes_the_logits_of_transformers(ranks, hf_dirs, tmp_path, size, name):
+    cases = [(hf_dirs["plain"], "te", tmp_path / "plain"), (hf_dirs["tied, grouped"], "local", tmp_path / "tied")]
+    _check_layout(ranks(size), name, cases)
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(
-    ("name", "model", "spec"),
-    [*_cases("TP2"), *_cases("PP2"), *_cases("PP2VP2"), pytest.param("TP2", "RoPE scaling, wide heads", "te", id="TP2-RoPE scaling")],
-)
-def test_layouts_of_two_ranks(ranks, hf_dirs, tmp_path, name, model, spec):
-    errors = ranks(2).run(_at_layout, hf_dirs[model], name, spec, tmp_path / "out")
-    assert max(error for error in errors if error is not None) < TOL_REL
-    assert _round_trip_is_exact(hf_dirs[model], tmp_path / "out")
+def test_a_query_group_is_shared_by_several_ranks(ranks, hf_dirs, tmp_path):
+    cases = [(hf_dirs["RoPE scaling, wide heads"], spec, tmp_path / spec) for spec in ("te", "local")]  # 2 groups on 4 ranks
+    _check_layout(ranks(4), "TP4", cases)
 
 
-@pytest.mark.ranks
-@pytest.mark.parametrize(
-    ("name", "model", "spec"), [*_cases("TP2PP2"), pytest.param("TP4", "RoPE scaling, wide heads", "te", id="TP4-split groups")]
-)
-def test_layouts_of_four_ranks(ranks, hf_dirs, tmp_path, name, model, spec):
-    errors = ranks(4).run(_at_layout, hf_dirs[model], name, spec, tmp_path / "out")
-    assert max(error for error in errors if error is not None) < TOL_REL
-    assert _round_trip_is_exact(hf_dirs[model], tmp_path / "out")
+def _check_layout(pool, name, cases):
+    *_, errors = pool.run(_at_layout, name, cases)  # the last rank is on the last stage
+    for (directory, _, out_dir), error in zip(cases, errors, strict=True):
+        assert error < TOL_REL, directory
+        assert _round_trip_is_exact(directory, out_dir), directory
 
 
 @pytest.fixture

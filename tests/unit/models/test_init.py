@@ -48,7 +48,7 @@ def test_every_layout_starts_from_the_same_weights(ranks, one_rank, size, names)
 def test_experts_start_from_the_same_weights_everywhere(ranks, one_rank):
     expected = _digests(_full(MOE, one_rank))
     digests, *_ = ranks(2).run(_digests_of_layouts, MOE, ["EP2", "TP2"], ["local", "te"])
-    assert {key.split(".experts.")[1] for key in expected if "layers.0.mlp.experts" in key} == {
+    assert {key.split(".experts.experts.")[1] for key in expected if "layers.0.mlp.experts" in key} == {
         f"{expert}.linear_{weight}" for expert in range(4) for weight in ("fc1.weight_w", "fc1.weight_v", "fc2.weight")
     }
     for layout, found in digests.items():
