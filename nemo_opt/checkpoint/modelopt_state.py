@@ -22,6 +22,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from modelopt.torch.opt.plugins.mcore_dist_checkpointing import remove_per_module_state
+from modelopt.torch.quantization.nn import TensorQuantizer
 from torch.distributed.checkpoint.metadata import Metadata
 
 from nemo_opt.checkpoint.amax_sharding import repair_amax_sharding
@@ -98,7 +99,13 @@ def _set_extra_states(model: Any, wanted: dict[str, Any], loaded: dict[str, Any]
         key = f"{name}._extra_state"
         if not hasattr(module, "modelopt_set_extra_state_callbacks") or key not in wanted:
             continue
-        if key not in loaded:
+        if key in loaded:
+            # load_state_dict would not call it: ModelOpt overrides the method of the instance, torch looks at the class
+            module.set_extra_state(loaded[key])
+        elif _is_quantized(module):
             raise CheckpointError(f"the checkpoint lacks ModelOpt's state of {name}: it was saved from a model of other modules")
-        # load_state_dict would not call it: ModelOpt overrides the method of the instance, torch looks at the class
-        module.set_extra_state(loaded[key])
+
+
+def _is_quantized(module: torch.nn.Module) -> bool:
+    """Whether any quantizer is on. Attention has (idle) quantizers in one layer spec and none in the other."""
+    return any(isinstance(part, TensorQuantizer) and part.is_enabled for part in module.modules())
