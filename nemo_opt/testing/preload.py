@@ -1,8 +1,10 @@
 """Imported once by the server that forks test ranks, so that a rank starts in half a second instead of twenty.
 
 Decisions: one compute thread a rank (several ranks share few cores), and no CUDA context before the fork, which a child could not use.
+What is loaded is taken from the garbage collector: a collection in a rank would visit, and so copy, every page that ranks share.
 """
 
+import gc
 import os
 import warnings
 from importlib import import_module
@@ -33,3 +35,6 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # the test process shows upstream's once already
     for _name in (*MODULES, *filter(find_spec, _OF_TESTS)):
         import_module(_name)
+
+gc.collect()
+gc.freeze()

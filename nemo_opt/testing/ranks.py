@@ -11,7 +11,6 @@ Decisions:
 
 import atexit
 import faulthandler
-import gc
 import importlib
 import importlib.util
 import multiprocessing
@@ -326,5 +325,4 @@ def _run(message: bytes) -> Any:
         parallel.destroy(wait=False)
         raise
     parallel.destroy()
-    gc.collect()
     return result
