@@ -17,10 +17,11 @@ SMALL = preset(
     vocab_size=128,
     max_position_embeddings=64,
 )
-ACTIVATION_TOLERANCE = 2e-6
-"""Relative. A TP layout sums partial products in another order, so activations, hence their maxima, differ in the last bits (4e-7 seen)."""
+TP_TOLERANCE = 5e-7
+"""Relative. Tensor parallel ranks sum partial products in another order, so activations, hence their maxima, differ in the last bit:
+1.2e-7 seen at TP2, with and without SP. Pipeline, data and context parallel layouts compute the same sums: 0 seen, 0 allowed."""
 LOSS_TOLERANCE = 1e-5
-"""Relative. Activations of another layout differ in the last bits, and one next to a rounding edge is quantised to the other side."""
+"""Relative; 0 seen. An activation that differs in the last bit may lie next to a rounding edge and be quantised to the other side."""
 CASES = [("local", "fp8"), ("local", "int8"), ("te", "fp8"), ("te", "int8")]
 
 
@@ -142,7 +143,7 @@ def test_amax_of_every_layout_is_the_single_ranks(saved, single, layout):
             expected = single[case]["amax"]
             assert result["amax"].keys() == expected.keys()
             for name, amax in result["amax"].items():
-                rtol = 0 if "weight_quantizer" in name else ACTIVATION_TOLERANCE
+                rtol = TP_TOLERANCE if "TP2" in layout and "input_quantizer" in name else 0
                 torch.testing.assert_close(
                     amax, expected[name], rtol=rtol, atol=0, msg=lambda text, name=name, case=case: f"{case} {name}: {text}"
                 )
@@ -175,3 +176,33 @@ def test_every_amax_finds_its_place_at_another_layout(ranks, saved, layout, load
             for rows, amax in after["maxima"]:  # beside the weights: an amax in the wrong row hardly moves the loss
                 assert torch.equal(amax, rows) or amax.numel() == 1
             assert after["loss"] == pytest.approx(before[case]["loss"], rel=LOSS_TOLERANCE)
+
+
+def test_shards_of_a_gated_weight_are_put_together_gates_first():
+    from nemo_opt.quantize.amax import _join
+
+    shards = [(torch.tensor([0.0, 1.0, 10.0, 11.0]), True, True), (torch.tensor([2.0, 3.0, 12.0, 13.0]), True, True)]
+    assert _join(shards).tolist() == [0, 1, 2, 3, 10, 11, 12, 13]
+    assert _join([(amax, True, False) for amax, *_ in shards]).tolist() == [0, 1, 10, 11, 2, 3, 12, 13]
+
+
+def test_replicated_amax_is_the_largest_of_its_copies():
+    from nemo_opt.quantize.amax import _join
+
+    assert _join([(torch.tensor(1.0), False, False), (torch.tensor(2.0), False, False)]).item() == 2.0
+    assert _join([(torch.tensor([1.0, 4.0]), False, True), (torch.tensor([2.0, 3.0]), False, True)]).tolist() == [2.0, 4.0]
+
+
+def test_block_quantizers_are_refused_by_name():
+    from modelopt.torch.quantization.nn import TensorQuantizer
+
+    from nemo_opt.errors import ConfigError
+    from nemo_opt.quantize.amax import _flat
+
+    quantizer = TensorQuantizer()
+    assert _flat(quantizer) is None
+    quantizer.amax = torch.tensor([[1.0], [2.0]])
+    assert _flat(quantizer).tolist() == [1.0, 2.0]
+    quantizer._block_sizes = {-1: 16}
+    with pytest.raises(ConfigError, match="block quantizers"):
+        _flat(quantizer)
