@@ -1,11 +1,14 @@
 """`transformer_engine.pytorch`: the modules, re-exported under the names the real package uses."""
 
+from typing import NoReturn
+
 from nemo_opt.cpu.transformer_engine.pytorch import (
     attention,
     cpp_extensions,
     distributed,
     fp8,
     module,
+    ops,
     tensor,
 )
 from nemo_opt.cpu.transformer_engine.pytorch.attention import DotProductAttention
@@ -39,5 +42,12 @@ __all__ = [
     "fp8_autocast",
     "fp8_model_init",
     "module",
+    "ops",
     "tensor",
 ]
+
+
+def __getattr__(name: str) -> NoReturn:
+    raise AttributeError(
+        f"transformer_engine.pytorch.{name} is not in the CPU reference of Transformer Engine; it has {', '.join(__all__)}."
+    )

@@ -1,7 +1,7 @@
 """What all modules with weights share: tensor-parallel state, initialisation of weights, the extra state of checkpoints."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -181,8 +181,6 @@ class TransformerEngineBaseModule(torch.nn.Module):
         return self.tp_group
 
 
-@contextmanager
-def no_autocast() -> Iterator[None]:
+def no_autocast() -> AbstractContextManager[Any]:
     """Context in which products keep the types of their operands."""
-    with torch.autocast("cpu", enabled=False):
-        yield
+    return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
