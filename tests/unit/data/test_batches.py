@@ -118,3 +118,23 @@ def test_no_calibration_row_is_an_error(tokenizer, texts, sizes, error):
 def test_without_context_parallelism_the_batch_is_left_alone():
     batch = {"tokens": torch.zeros(1, 5)}
     assert cp_slice(batch) is batch
+
+
+def sliced(size, seq_length):
+    from nemo_opt.parallel import Topology, parallel
+
+    class Sequential(Counting):
+        def __getitem__(self, index):
+            return dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids"), torch.arange(seq_length))
+
+    with parallel(Topology(cp=size)):
+        try:
+            return next(batches(Sequential(2), micro_batch_size=1))["position_ids"].tolist()
+        except ConfigError as error:
+            return str(error)
+
+
+@pytest.mark.ranks
+def test_context_parallel_ranks_get_their_zigzag_pieces(ranks):
+    assert ranks(2).run(sliced, 2, 8) == [[[0, 1, 6, 7]], [[2, 3, 4, 5]]]
+    assert all("seq_length 6 % (2 * cp 2) != 0" in message for message in ranks(2).run(sliced, 2, 6))

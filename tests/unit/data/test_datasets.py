@@ -150,3 +150,35 @@ def test_another_tokenizer_is_refused(prefix, documents, tmp_path):
     smaller = train_tokenizer(documents, 300, tmp_path / "smaller")
     with pytest.raises(DataError, match="has 300 tokens"):
         build_datasets(config(tmp_path, prefix), smaller, 5)
+
+
+def build_on_ranks(data, tokenizer_dir):
+    from nemo_opt.data.tokenizer import load_tokenizer
+
+    try:
+        train, valid = build_datasets(data, load_tokenizer(tokenizer_dir), 20, 4)
+    except DataError as error:
+        return str(error)
+    return tokens(train), tokens(valid)
+
+
+@pytest.mark.ranks
+def test_every_rank_sees_the_same_samples(ranks, documents, tokenizer, tmp_path):
+    """Text, two sources and an empty cache: rank 0 makes the files, the other reads them."""
+    file = tmp_path / "mine.txt"
+    file.write_text("\n\n".join(document.replace("\n\n", "\n") for document in documents[:20]))
+    other = build_indexed(documents[20:], tokenizer, tmp_path / "other")
+    data = config(tmp_path, 2.0, file, 1.0, other, split="7,3")
+    one, two = ranks(2).run(build_on_ranks, data, tokenizer.path)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(one, two, strict=True))
+    here = build_datasets(data, tokenizer, 20, 4)
+    assert all(torch.equal(mine, tokens(alone)) for mine, alone in zip(one, here, strict=True))
+
+
+@pytest.mark.ranks
+def test_bad_data_is_refused_on_every_rank(ranks, tokenizer, tmp_path):
+    file = tmp_path / "bad.jsonl"
+    file.write_text('{"text": "fine"}\n{"text": 3}\n')
+    one, two = ranks(2).run(build_on_ranks, config(tmp_path, file), tokenizer.path)
+    assert one == two
+    assert "bad.jsonl:2" in one
