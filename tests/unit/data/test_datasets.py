@@ -8,7 +8,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from nemo_opt.data.config import DataConfig
-from nemo_opt.data.datasets import build_datasets
+from nemo_opt.data.datasets import _publish, build_datasets
 from nemo_opt.data.indexed import build_indexed
 from nemo_opt.data.sources import read_index_header
 from nemo_opt.errors import ConfigError, DataError
@@ -89,6 +89,19 @@ def test_cache_appears_whole_or_not_at_all(prefix, tokenizer, tmp_path):
     assert len(list(made.glob("*.npy"))) == 3
 
 
+def test_two_runs_that_build_the_same_cache_at_once(tmp_path):
+    """The second to finish drops its own; a rename that fails for another reason is not swallowed."""
+    final, mine = tmp_path / "final", tmp_path / "mine"
+    for directory in (final, mine):
+        directory.mkdir()
+        (directory / "index.npy").write_text(directory.name)
+    _publish(mine, final)
+    assert not mine.exists()
+    assert (final / "index.npy").read_text() == "final"
+    with pytest.raises(FileNotFoundError):
+        _publish(mine, tmp_path / "other")
+
+
 def two_prefixes(documents, tokenizer, tmp_path):
     """Datasets told apart by their documents: the second is three times the size of the first."""
     parts = documents[:8], documents[8:32]
@@ -110,8 +123,8 @@ def test_weights_are_kept(documents, tokenizer, tmp_path):
 def test_bare_prefixes_are_weighed_by_tokens_for_as_many_samples_as_asked(documents, tokenizer, tmp_path):
     a, b = two_prefixes(documents, tokenizer, tmp_path)
     counts = [read_index_header(path).num_tokens for path in (a, b)]
-    asked = 3 * sum(counts) // SEQ  # three epochs
-    train, _ = build_datasets(config(tmp_path, a, b), tokenizer, asked)
+    asked = 3 * sum(counts) // 64  # three epochs
+    train, _ = build_datasets(config(tmp_path, a, b, seq_length=64), tokenizer, asked)
     assert len(train) >= asked
     assert shares(train, asked) == pytest.approx([count / sum(counts) for count in counts], abs=0.01)
 
