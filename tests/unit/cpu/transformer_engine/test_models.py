@@ -1,7 +1,5 @@
 """Whole models: Megatron-Core's local layer spec and the TE spec on the reference are the same model, on every layout."""
 
-from dataclasses import replace
-
 import nemo_opt._stack
 
 import pytest
@@ -12,8 +10,6 @@ from nemo_opt.models.build import build_model
 from nemo_opt.parallel import Topology, parallel
 from nemo_opt.testing import parity
 from nemo_opt.testing.parity import TINY, TINY_MOE
-
-GROUPED = {"moe_grouped_gemm": True}
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +32,38 @@ def test_te_spec_equals_local_spec(ranks, reference, layout):
 
 
 @pytest.mark.ranks
-def test_te_experts_equal_local_experts(ranks, reference):
-    case = parity.TrainingCase(layout="TP1PP1", spec="te", model=TINY_MOE)
-    parity.require_parity(ranks, case, reference=reference(TINY_MOE))
-    parity.require_parity(ranks, replace(case, layout="EP2"), reference=reference(TINY_MOE))
+@pytest.mark.parametrize("layout", ["TP1PP1", "EP2", "TP2PP1SP"])
+def test_te_experts_equal_local_experts(ranks, reference, layout):
+    parity.require_parity(ranks, parity.TrainingCase(layout=layout, spec="te", model=TINY_MOE), reference=reference(TINY_MOE))
+
+
+PACKED_BOUNDS = torch.tensor([0, 4, 16], dtype=torch.int32)
+
+
+def _packed_losses(layout, fused_rope):
+    """Where this rank's tokens stand in the packed row, and their losses."""
+    import transformer_engine_torch as tex
+    from megatron.core import parallel_state
+
+    with parallel(Topology.from_name(layout)) as topology:
+        [model] = build_model(TINY, topology, spec="te", seed=3, apply_rope_fusion=fused_rope)
+        size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+        mine = tex.thd_get_partitioned_indices(PACKED_BOUNDS, 16, size, rank).long()
+        tokens, _, _ = _inputs(16, 1)
+        packed = PackedSeqParams(
+            qkv_format="thd", cu_seqlens_q=PACKED_BOUNDS, cu_seqlens_kv=PACKED_BOUNDS, max_seqlen_q=12, max_seqlen_kv=12
+        )
+        positions = torch.cat([torch.arange(4), torch.arange(12)])[None]
+        loss = model(tokens[:, :-1][:, mine], positions[:, mine], None, labels=tokens[:, 1:][:, mine], packed_seq_params=packed)
+        return mine, loss.detach()[0]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("fused_rope", [False, True])
+def test_packed_documents_cut_by_context_parallelism(ranks, fused_rope):
+    [(_, whole)] = ranks(1).run(_packed_losses, "TP1PP1", False)
+    for mine, loss in ranks(2).run(_packed_losses, "CP2", fused_rope):
+        torch.testing.assert_close(loss, whole[mine], rtol=1e-5, atol=1e-5)
 
 
 def _inputs(length=16, rows=2):
@@ -99,6 +123,22 @@ def test_options_of_megatron_core(overrides):
         _, expected = _run("local", **local)
         _, run = _run("te", **overrides)
         _assert_equal_runs(expected, run, _te_name)
+
+
+@pytest.mark.parametrize(
+    "recomputation",
+    [{"recompute_granularity": "selective"}, {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}],
+    ids=["selective", "full"],
+)
+def test_recomputation_repeats_dropout(recomputation):
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    runs = []
+    with parallel(Topology()):
+        for overrides in ({}, recomputation):
+            model_parallel_cuda_manual_seed(5, force_reset_rng=True)
+            runs.append(_run("te", attention_dropout=0.3, hidden_dropout=0.2, **overrides)[1])
+    _assert_equal_runs(*runs)
 
 
 def test_zero_centred_gamma_is_gamma_minus_one():
