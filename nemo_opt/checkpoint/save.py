@@ -154,14 +154,23 @@ def _create(target: Path) -> Path:
 def _write_rest(info: CheckpointInfo, partial: Path, tokenizer_dir: str | Path | None) -> None:
     try:
         if tokenizer_dir is not None:
-            shutil.copytree(tokenizer_dir, partial / TOKENIZER_NAME)
+            _copy_files(Path(tokenizer_dir), partial / TOKENIZER_NAME)
         write_info(info, partial)
-    except (OSError, shutil.Error) as error:
+    except OSError as error:
         raise CheckpointError(f"could not write {partial}: {error}") from None
 
 
+def _copy_files(source: Path, target: Path) -> None:
+    """Copies contents only: links become files, and read-only modes, which would resist overwriting, stay behind."""
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+
+
 def _write_manifest(partial: Path) -> None:
-    names = on_first(lambda: list_files(partial))
+    names = on_first(lambda: sorted(list_files(partial), key=lambda name: -(partial / name).stat().st_size))
     share = names[rank() :: world_size()]
     parts = on_each(lambda: hash_files(partial, share, progress=rank() == 0))
     entries = {name: entry for part in parts for name, entry in part.items()}

@@ -130,7 +130,8 @@ def check_fit(state: dict[str, Any], metadata: Metadata, *, strict: bool = True)
         raise CheckpointError(f"the checkpoint does not fit the model: missing {_some(missing)}, unexpected {_some(unexpected)}")
     for key, shape in wanted.items():
         if shape is not None and stored[key] != shape:
-            raise CheckpointError(f"{key} has shape {stored[key]} in the checkpoint and {shape} in the model")
+            hint = ": its blocks are cut otherwise at this tp, use the one it was quantised at" if "quantizer" in key else ""
+            raise CheckpointError(f"{key} has shape {stored[key]} in the checkpoint and {shape} in the model{hint}")
 
 
 def _shape(entry: ShardedTensor | ShardedObject) -> tuple[int, ...] | None:

@@ -202,8 +202,8 @@ def test_every_rank_hears_of_damage(copy, ranks):
 # --- resuming ----------------------------------------------------------------------------------------------------------------------
 
 
-def start(topology, *, distributed=False, dropout=0.1, seed=3):
-    chunks = build_model(DENSE, topology, spec="local", seed=seed, hidden_dropout=dropout)
+def start(topology, *, config=DENSE, dtype=None, distributed=False, dropout=0.1, seed=3):
+    chunks = build_model(config, topology, spec="local", seed=seed, dtype=dtype, hidden_dropout=dropout)
     if distributed:
         return distribute(chunks)
     chunks = wrap(chunks)
@@ -279,13 +279,29 @@ def test_two_steps_and_two_more_are_four_steps_with_dropout(ranks, tmp_path, nam
         assert resumed == straight
 
 
-def test_a_checkpoint_of_step_0_resumes(layout, tmp_path):
-    chunks, optimizer, scheduler = start(layout)
+@pytest.mark.parametrize(
+    ("config", "dtype", "stop"),
+    [(DENSE, None, 0), (DENSE, torch.bfloat16, 1), (MOE, None, 1)],
+    ids=["before the first step", "bfloat16", "experts"],
+)
+def test_every_kind_of_optimizer_resumes(layout, tmp_path, config, dtype, stop):
+    chunks, optimizer, scheduler = start(layout, config=config, dtype=dtype)
+    run(chunks, optimizer, scheduler, range(stop))
     save_checkpoint(tmp_path / "c", chunks, topology=layout, optimizer=optimizer, scheduler=scheduler)
-    straight = run(chunks, optimizer, scheduler, [0, 1])
-    chunks, optimizer, scheduler = start(layout, seed=8)
+    straight = run(chunks, optimizer, scheduler, range(stop, stop + 2))
+    chunks, optimizer, scheduler = start(layout, config=config, dtype=dtype, seed=8)
     load_checkpoint(tmp_path / "c", chunks, optimizer=optimizer, scheduler=scheduler)
-    assert run(chunks, optimizer, scheduler, [0, 1]) == straight
+    assert run(chunks, optimizer, scheduler, range(stop, stop + 2)) == straight
+
+
+def test_a_schedule_that_differs_is_refused(copy, layout):
+    class Scheduler:
+        def load_state_dict(self, state):
+            raise AssertionError(f"class value 1 and checkpoint value {state['max_lr']} do not match")
+
+    edit_header(copy, scheduler={"max_lr": 2})
+    with pytest.raises(CheckpointError, match="schedule differs .* checkpoint value 2 do not match"):
+        load_checkpoint(copy, build_model(DENSE, layout, spec="local"), scheduler=Scheduler())
 
 
 @pytest.mark.ranks

@@ -42,7 +42,8 @@ def names(folder):
 
 def test_the_directory_describes_itself(chunks, layout, tmp_path):
     (tmp_path / "words").mkdir()
-    (tmp_path / "words" / "tokenizer.json").write_text("{}")
+    (tmp_path / "vocabulary").write_text("{}")
+    (tmp_path / "words" / "tokenizer.json").symlink_to(tmp_path / "vocabulary")  # as in Hugging Face's cache
     saved = save_checkpoint(
         tmp_path / "new" / "c", chunks, topology=layout, tokenizer_dir=tmp_path / "words", iteration=2, extra={"loss": 0.1, "tags": ["a"]}
     )
