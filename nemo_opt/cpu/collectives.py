@@ -9,7 +9,8 @@ Three decisions:
   number of calls so far, which all ranks share, not after the groups that a rank itself made, as torch does.
 * No group waits longer than the default group does, so that a dead rank shows after the timeout that was chosen, not after gloo's (and
   Megatron-Core's) 30 minutes.
-* What gloo cannot send is sent as something equal: 0-dim tensors as one element, 8-bit floats as bytes, split sizes as a list.
+* What gloo cannot send is sent as something equal: 0-dim tensors as one element, 8-bit floats as bytes, split sizes as a list, lists of
+  differently sized tensors (tokens of experts on tensor-parallel ranks) piece by piece, as NCCL's backend does.
 """
 
 import functools
@@ -57,7 +58,7 @@ def install() -> None:
     mesh = _device_first(dist.device_mesh.init_device_mesh)
     set_attribute(dist, "init_device_mesh", mesh)
     set_attribute(dist.device_mesh, "init_device_mesh", mesh)
-    set_attribute(dist.DeviceMesh, "__init__", _device_first(dist.DeviceMesh.__init__, position=1))
+    set_attribute(dist.device_mesh.DeviceMesh, "__init__", _device_first(dist.device_mesh.DeviceMesh.__init__, position=1))
     parallel = torch.nn.parallel.DistributedDataParallel
     set_attribute(parallel, "__init__", _without_device_ids(parallel.__init__))
 
@@ -175,6 +176,43 @@ def _moving(names: tuple[str, ...]) -> Callable[[Callable[..., Any]], Callable[.
     return wrap
 
 
+def _all_gather(original: Callable[..., Any]) -> Callable[..., Any]:
+    moving = _moving(("tensor_list", "tensor"))(original)
+
+    @functools.wraps(original)
+    def all_gather(tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False) -> Any:
+        if len({piece.shape for piece in tensor_list}) == 1:
+            return moving(tensor_list, tensor, group, async_op)
+        tensor_list[dist.get_rank(group)].copy_(tensor)
+        works = [c10d.broadcast(piece, group=group, async_op=True, group_src=rank) for rank, piece in enumerate(tensor_list)]
+        return _last(works, async_op)
+
+    return all_gather
+
+
+def _reduce_scatter(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def reduce_scatter(
+        output: torch.Tensor, input_list: list[torch.Tensor], op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
+    ) -> Any:
+        if len({piece.shape for piece in input_list}) == 1:
+            return original(output, input_list, op, group, async_op)
+        pieces = [piece.clone() for piece in input_list]
+        works = [c10d.reduce(piece, op=op, group=group, async_op=True, group_dst=rank) for rank, piece in enumerate(pieces)]
+        _last(works, False)
+        output.copy_(pieces[dist.get_rank(group)])
+        return works[-1] if async_op else None
+
+    return reduce_scatter
+
+
+def _last(works: list[Any], async_op: bool) -> Any:
+    """Waits for all but the last work, which is handed out or waited for as well."""
+    for work in works[:-1] if async_op else works:
+        work.wait()
+    return works[-1] if async_op else None
+
+
 def _all_to_all_single(original: Callable[..., Any]) -> Callable[..., Any]:
     def sizes(splits: Any) -> list[int] | None:
         return None if splits is None else [int(size) for size in splits]
@@ -218,7 +256,8 @@ _WRAPPERS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "new_group": _new_group,
     "destroy_process_group": _destroy_process_group,
     "all_gather_into_tensor": _moving(("output_tensor", "input_tensor")),
-    "all_gather": _moving(("tensor_list", "tensor")),
+    "all_gather": _all_gather,
+    "reduce_scatter": _reduce_scatter,
     "broadcast": _moving(("tensor",)),
     "send": _moving(("tensor",)),
     "recv": _moving(("tensor",)),

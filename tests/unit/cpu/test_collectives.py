@@ -60,6 +60,29 @@ def test_all_to_all_takes_sizes_in_any_form(ranks, as_tensor):
     assert ranks(2).run(_exchange, as_tensor) == [[0.0], [1.0, 2.0, 10.0, 11.0, 12.0]]
 
 
+def _uneven(async_op):
+    """Rank 0 has one row, rank 1 three: gathered, and the other way summed and scattered."""
+    rank, rows = dist.get_rank(), (1, 3)
+    gathered = [torch.empty(n, 2) for n in rows]
+    works = [dist.all_gather(gathered, torch.full((rows[rank], 2), float(rank)), async_op=async_op)]
+    scattered = torch.empty(rows[rank], 2)
+    parts = [torch.full((n, 2), 10.0 * n + rank) for n in rows]
+    works.append(dist.reduce_scatter(scattered, parts, async_op=async_op))
+    for work in works:
+        assert (work is not None) == async_op
+        if async_op:
+            work.wait()
+    assert [part[0, 0].item() for part in parts] == [10.0 + rank, 30.0 + rank], "the input is left alone"
+    return [x.tolist() for x in gathered], scattered.tolist()
+
+
+@pytest.mark.parametrize("async_op", [False, True])
+def test_lists_of_differently_sized_tensors(ranks, async_op):
+    for rank, (gathered, scattered) in enumerate(ranks(2).run(_uneven, async_op)):
+        assert gathered == [[[0.0] * 2], [[1.0] * 2] * 3]
+        assert scattered == [[[21.0] * 2], [[61.0] * 2] * 3][rank]
+
+
 def _reduce():
     rank = dist.get_rank()
     mean = torch.full((2,), float(rank))
