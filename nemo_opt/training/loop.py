@@ -20,10 +20,11 @@ import nemo_opt._stack
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+from megatron.core.utils import get_model_config
 from tqdm import tqdm
 
 from nemo_opt.device import local_device
-from nemo_opt.errors import NemoOptError
+from nemo_opt.errors import ConfigError, NemoOptError
 from nemo_opt.parallel import Topology
 from nemo_opt.training.config import TrainingConfig
 from nemo_opt.training.evaluate import evaluate
@@ -72,6 +73,7 @@ class TrainingRun:
     def __post_init__(self) -> None:
         self.config.validate(self.topology)
         self.num_microbatches = self.config.num_microbatches(self.topology.dp or 1)
+        _check_experts(self.chunks[0])
         self.chunks = wrap(self.chunks)
         self.optimizer, self.scheduler = build_optimizer(self.chunks, self.config)
 
@@ -133,6 +135,13 @@ class TrainingRun:
         for name, column in (("loss", 0), ("gradient", 1)):
             if ranks := [rank for rank, ok in enumerate(everyone[:, column].tolist()) if not ok]:
                 raise DivergedError(f"the {name} of step {self.iteration + 1} is not finite on rank {ranks}: lower lr or look at the data")
+
+
+def _check_experts(chunk: Any) -> None:
+    config = get_model_config(chunk)
+    tp = config.tensor_model_parallel_size
+    if config.num_moe_experts is not None and tp > 1 and not config.sequence_parallel:
+        raise ConfigError(f"training experts with tp {tp} needs sequence parallelism (Megatron-Core refuses it without): set sp")
 
 
 def train(

@@ -72,7 +72,9 @@ def test_swapped_ranks_differ(reference):
 
 
 def test_a_wrong_replica_is_caught_though_the_first_one_is_right(reference):
-    ranks = [Measurement(numbers=dict(reference.numbers), pieces=[replace(p, tensor=p.tensor.clone()) for p in reference.pieces]) for _ in "12"]
+    ranks = [
+        Measurement(numbers=dict(reference.numbers), pieces=[replace(p, tensor=p.tensor.clone()) for p in reference.pieces]) for _ in "12"
+    ]
     ranks[1].pieces[0].tensor[0, 0] *= 2
     with pytest.raises(ParityError, match="rank 1: a"):
         compare(reference, ranks)
@@ -148,6 +150,10 @@ CASES = [
     TrainingCase(layout="TP1PP1CP2", spec="te"),  # Megatron-Core's local attention knows no context parallelism
     TrainingCase(spec="te", model=TINY_MOE),
     *[TrainingCase(layout="TP1PP1EP2", spec=spec, model=TINY_MOE) for spec in ("local", "te")],
+    *[TrainingCase(layout="TP2PP1EP2SP", spec=spec, model=TINY_MOE) for spec in ("local", "te")],
+    TrainingCase(layout="TP2PP1CP2SP", spec="te"),
+    TrainingCase(layout="TP1PP2FIRST1", spec="te"),
+    TrainingCase(layout="TP1PP1DP2", spec="te", micro_batch_size=2),
     *[TrainingCase(layout="TP1PP2", spec=spec, model=TINY.with_(tie_embeddings=True)) for spec in ("local", "te")],
 ]
 
@@ -166,7 +172,8 @@ def references(ranks):
 
 
 def _id(case):
-    return f"{case.layout}-{case.spec}{'-moe' if case.model.num_moe_experts else ''}{'-tied' if case.model.tie_embeddings else ''}"
+    size = f"-B{case.micro_batch_size}" if case.micro_batch_size > 1 else ""
+    return f"{case.layout}-{case.spec}{size}{'-moe' if case.model.num_moe_experts else ''}{'-tied' if case.model.tie_embeddings else ''}"
 
 
 @pytest.mark.ranks

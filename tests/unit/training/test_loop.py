@@ -211,6 +211,20 @@ def test_bad_input_is_refused(ranks):
     ranks(1).run(_bad_inputs)
 
 
+def _experts_without_sequence_parallelism():
+    from nemo_opt import parallel
+    from nemo_opt.models.build import build_model
+    from nemo_opt.training.loop import TrainingRun
+
+    with parallel.parallel(parallel.Topology(tp=2)) as topology, pytest.raises(ConfigError, match="experts with tp 2 needs sequence"):
+        TrainingRun(chunks=build_model(TINY_MOE, topology, spec="te"), config=TrainingConfig(max_steps=1, **SETTINGS), topology=topology)
+
+
+@pytest.mark.ranks
+def test_experts_on_tensor_parallel_ranks_need_sequence_parallelism(ranks):
+    ranks(2).run(_experts_without_sequence_parallelism)
+
+
 def _evaluate(name, num_batches):
     from nemo_opt import parallel
     from nemo_opt.models.build import build_model
