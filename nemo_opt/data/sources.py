@@ -20,6 +20,7 @@ TEXT_SUFFIXES = (".jsonl", ".txt")
 """Endings of files that are tokenised here."""
 
 _MAGIC = b"MMIDIDX\x00\x00"
+_HEADER_BYTES = 34
 _ITEM_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}  # Megatron's dtype codes
 
 
@@ -81,21 +82,33 @@ def read_index_header(prefix: Path) -> IndexHeader:
         DataError: a file is missing, is no Megatron index, holds no token, or is shorter than announced.
     """
     idx, bin_ = _pair(prefix)
-    blob = idx.read_bytes()
-    if blob[:9] != _MAGIC or len(blob) < 34:
-        raise DataError(f"{idx} is not a Megatron index (it starts with {blob[:9]!r}, expected {_MAGIC!r})")
-    version, code, num_sequences, num_documents = struct.unpack_from("<QBQQ", blob, 9)
+    with idx.open("rb") as file:
+        header = file.read(_HEADER_BYTES)
+    if header[: len(_MAGIC)] != _MAGIC or len(header) < _HEADER_BYTES:
+        raise DataError(f"{idx} is not a Megatron index (it starts with {header[:9]!r}, expected {_MAGIC!r})")
+    version, code, num_sequences, num_documents = struct.unpack_from("<QBQQ", header, len(_MAGIC))
     if version != 1 or code not in _ITEM_BYTES:
         raise DataError(f"{idx} has version {version} and dtype code {code}; version 1 and one of {sorted(_ITEM_BYTES)} are understood")
-    expected = 34 + num_sequences * 12 + num_documents * 8
-    if len(blob) < expected:
-        raise DataError(f"{idx} is truncated: {len(blob)} bytes, {expected} announced by its header")
-    num_tokens = int(sum(memoryview(blob)[34 : 34 + 4 * num_sequences].cast("i")))
+    _require_size(idx, _HEADER_BYTES + num_sequences * 12 + num_documents * 8)
+    num_tokens = _sum_lengths(idx, num_sequences)
     if not num_tokens:
         raise DataError(f"{idx} announces no token; build the dataset from a text that is not empty")
-    if bin_.stat().st_size < num_tokens * _ITEM_BYTES[code]:
-        raise DataError(f"{bin_} is truncated: {bin_.stat().st_size} bytes, {num_tokens * _ITEM_BYTES[code]} announced by {idx.name}")
+    _require_size(bin_, num_tokens * _ITEM_BYTES[code])
     return IndexHeader(item_bytes=_ITEM_BYTES[code], num_sequences=num_sequences, num_tokens=num_tokens)
+
+
+def _require_size(file: Path, announced: int) -> None:
+    if (size := file.stat().st_size) < announced:
+        raise DataError(f"{file} is truncated: {size} bytes, {announced} announced by the index")
+
+
+def _sum_lengths(idx: Path, num_sequences: int) -> int:
+    import numpy as np
+
+    if not num_sequences:
+        return 0
+    lengths = np.memmap(idx, dtype="<i4", mode="r", offset=_HEADER_BYTES, shape=(num_sequences,))
+    return int(lengths.sum(dtype=np.int64))
 
 
 def _as_number(entry: str) -> float | None:

@@ -1,3 +1,5 @@
+import time
+
 import nemo_opt._stack
 
 import pytest
@@ -15,6 +17,21 @@ def works():
         return {"rank": dist.get_rank()}
 
     return on_rank_zero(work), calls
+
+
+def works_slowly():
+    from nemo_opt.data import _collective
+
+    _collective._HEARTBEAT_S = 0.02
+    sent = []
+    broadcast = dist.broadcast_object_list
+    dist.broadcast_object_list = lambda box, src: (broadcast(box, src=src), sent.append(box[0]))[0]
+    try:
+        result = on_rank_zero(lambda: time.sleep(0.3) or "done")
+    finally:
+        dist.broadcast_object_list = broadcast
+        _collective._HEARTBEAT_S = 5.0
+    return result, sent
 
 
 def fails(error):
@@ -37,6 +54,16 @@ def test_one_process_just_works():
 @pytest.mark.ranks
 def test_rank_zero_works_for_all(ranks):
     assert ranks(2).run(works) == [({"rank": 0}, [0]), ({"rank": 0}, [])]
+
+
+@pytest.mark.ranks
+def test_no_wait_is_longer_than_a_heartbeat(ranks):
+    """Tokenising may take longer than any timeout of a process group."""
+    (one, sent), (two, heard) = ranks(2).run(works_slowly)
+    assert one == two == "done"
+    assert sent == heard
+    assert sent[-1] == ("done", None)
+    assert len(sent) > 3
 
 
 @pytest.mark.ranks
