@@ -67,6 +67,8 @@ class TrainingRun:
     loss_fn: LossFunction | None = None
     iteration: int = 0
     """Steps done so far."""
+    consumed_samples: int = 0
+    """Training samples used so far over all ranks."""
     optimizer: Any = field(init=False)
     scheduler: Any = field(init=False)
 
@@ -77,17 +79,12 @@ class TrainingRun:
         self.chunks = wrap(self.chunks)
         self.optimizer, self.scheduler = build_optimizer(self.chunks, self.config)
 
-    @property
-    def consumed_samples(self) -> int:
-        """Training samples used so far over all ranks."""
-        return self.iteration * self.config.global_batch_size
-
     def resume(self, path: str | Path) -> None:
         """Load weights, optimizer, schedule and position from a checkpoint that holds them."""
         from nemo_opt.checkpoint.load import load_checkpoint
 
         info = load_checkpoint(Path(path), self.chunks, optimizer=self.optimizer, scheduler=self.scheduler)
-        self.iteration = info.iteration
+        self.iteration, self.consumed_samples = info.iteration, info.consumed_samples
 
     def save(self, path: str | Path, **arguments: Any) -> None:
         """Write a checkpoint from which `resume` continues; arguments are those of `save_checkpoint`."""
@@ -126,6 +123,7 @@ class TrainingRun:
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(1)
         self.iteration += 1
+        self.consumed_samples += self.config.global_batch_size
         return metrics | {"grad_norm": float(grad_norm or 0.0), "lr": float(lr or 0.0)}
 
     def _require_finite(self, loss_is_finite: bool) -> None:
@@ -172,7 +170,7 @@ def train(
         on_end: Called after the last step and validation, for instance to save.
 
     Raises:
-        ConfigError: The batch or the sequence does not fit the layout.
+        ConfigError: The batch or the sequence does not fit the layout, or the checkpoint to resume from is past the last step.
         DataError: The data ends early.
         DivergedError: The loss or a gradient is not finite.
 
@@ -180,6 +178,8 @@ def train(
     run = TrainingRun(chunks=chunks, config=config, topology=topology, loss_fn=loss_fn)
     if resume is not None:
         run.resume(resume)
+        if run.iteration >= config.max_steps:
+            raise ConfigError(f"{resume} is at step {run.iteration} already, max_steps is {config.max_steps}: raise max_steps")
     if on_start is not None:
         on_start(run)
     log = _MetricsLog(log_dir, append=resume is not None)
@@ -199,12 +199,14 @@ def _run_steps(
     losses: list[float] = []
     validation: dict[int, float] = {}
     time_s = 0.0
-    for _ in _progress(range(first, config.max_steps)):
+    bar = _progress(range(first, config.max_steps))
+    for _ in bar:
         start = time.perf_counter()
         metrics = run.step(data)
         duration = time.perf_counter() - start
         time_s += duration
         losses.append(metrics["loss"])
+        bar.set_postfix_str(f"loss {metrics['loss']:.4f}", refresh=False)
         if run.iteration % config.log_interval == 0 or run.iteration == config.max_steps:
             tokens = config.global_batch_size * config.seq_length
             log.write(step=run.iteration, **metrics, tokens_per_s=tokens / duration, step_time_s=duration)
@@ -228,11 +230,10 @@ def _validation_is_due(config: TrainingConfig, step: int) -> bool:
     return step == config.max_steps or (config.val_check_interval > 0 and step % config.val_check_interval == 0)
 
 
-def _progress(steps: range) -> Iterable[int]:
+def _progress(steps: range) -> "tqdm[int]":
     """A bar for a person: on rank 0, where stderr is a terminal."""
-    return tqdm(
-        steps, desc="train", unit="step", initial=steps.start, total=steps.stop, disable=dist.get_rank() != 0 or not sys.stderr.isatty()
-    )
+    hidden = dist.get_rank() != 0 or not sys.stderr.isatty()
+    return tqdm(steps, desc="train", unit="step", initial=steps.start, total=steps.stop, disable=hidden)
 
 
 class _MetricsLog:
