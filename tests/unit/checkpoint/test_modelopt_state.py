@@ -27,6 +27,7 @@ from nemo_opt.training.config import TrainingConfig
 from nemo_opt.training.optimizer import build_optimizer, wrap
 
 DENSE = ModelConfig(num_layers=4, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2, vocab_size=128)
+SHALLOW = DENSE.with_(num_layers=2)
 MOE = DENSE.with_(num_layers=2, num_moe_experts=2, moe_router_topk=1)
 
 
@@ -82,8 +83,8 @@ def quantize_and_carry(path, config, name, *layouts):
     ("config", "name", "layouts"),
     [
         (DENSE, "INT8_DEFAULT_CFG", [("TP2PP1", "local"), ("TP1PP2VP2", "te"), ("TP2PP1SP", "te")]),
-        (DENSE, "FP8_DEFAULT_CFG", [("TP1PP2", "te"), ("TP2PP1", "local")]),
-        (DENSE, "INT8_SMOOTHQUANT_CFG", [("TP2PP1", "local"), ("TP1PP2", "local")]),
+        (SHALLOW, "FP8_DEFAULT_CFG", [("TP1PP2", "te"), ("TP2PP1", "local")]),
+        (SHALLOW, "INT8_SMOOTHQUANT_CFG", [("TP2PP1", "local"), ("TP1PP2", "local")]),
         (MOE, "INT8_DEFAULT_CFG", [("TP1PP1EP2DP2", "local"), ("TP1PP2", "local")]),
     ],
     ids=["INT8", "FP8", "SmoothQuant", "INT8 experts"],
@@ -91,7 +92,7 @@ def quantize_and_carry(path, config, name, *layouts):
 def test_a_quantised_model_is_the_same_at_every_layout(ranks, tmp_path, config, name, layouts):
     by_rank = ranks(2).run(quantize_and_carry, tmp_path, config, name, *layouts)
     amax, losses = by_rank[0][0][0], next(loss for loss in (rank[0][1] for rank in by_rank) if loss)
-    assert len(amax) >= 16
+    assert len(amax) >= 8 * config.num_layers - 8
     for step in range(1, len(layouts)):
         for rank in by_rank:
             assert {name: rank[step][0].get(name) for name in amax} == amax
@@ -110,14 +111,14 @@ def layout():
 def saved(layout, tmp_path_factory):
     """A model quantised to INT8, with what `calibrated` says of it."""
     path = tmp_path_factory.mktemp("saved") / "c"
-    chunks = quantize(build_model(DENSE, layout, spec="local", seed=4), "INT8_DEFAULT_CFG")
+    chunks = quantize(build_model(SHALLOW, layout, spec="local", seed=4), "INT8_DEFAULT_CFG")
     save_checkpoint(path, chunks, topology=layout)
     return path, calibrated(chunks)
 
 
 def test_loading_quantises_an_unquantised_model_in_place(saved, layout):
     path, expected = saved
-    chunks = build_model(DENSE, layout, spec="local", seed=7)
+    chunks = build_model(SHALLOW, layout, spec="local", seed=7)
     load_checkpoint(path, chunks)
     assert calibrated(chunks) == expected
 
@@ -134,14 +135,14 @@ def test_a_quantised_model_takes_the_weights_of_another_checkpoint_of_it(saved, 
 
 def test_upstream_restores_our_checkpoint(saved, layout):
     path, expected = saved
-    chunks = build_model(DENSE, layout, spec="local", seed=7)
+    chunks = build_model(SHALLOW, layout, spec="local", seed=7)
     restore_sharded_modelopt_state(chunks, path / "weights")
     load_checkpoint(path, chunks)
     assert calibrated(chunks) == expected
 
 
 def test_an_optimizer_of_the_unquantised_model_is_refused(saved, layout):
-    chunks = wrap(build_model(DENSE, layout, spec="local"))
+    chunks = wrap(build_model(SHALLOW, layout, spec="local"))
     training = TrainingConfig(max_steps=1, global_batch_size=1, micro_batch_size=1, seq_length=16)
     optimizer, _ = build_optimizer(chunks, training)
     with pytest.raises(CheckpointError, match="holds no optimizer state"):
@@ -150,10 +151,10 @@ def test_an_optimizer_of_the_unquantised_model_is_refused(saved, layout):
 
 def test_a_quantised_checkpoint_with_optimizer_asks_for_the_right_order(layout, tmp_path):
     training = TrainingConfig(max_steps=1, global_batch_size=1, micro_batch_size=1, seq_length=16)
-    chunks = wrap(quantize(build_model(DENSE, layout, spec="local"), "FP8_DEFAULT_CFG"))
+    chunks = wrap(quantize(build_model(SHALLOW, layout, spec="local"), "FP8_DEFAULT_CFG"))
     optimizer, scheduler = build_optimizer(chunks, training)
     save_checkpoint(tmp_path / "c", chunks, topology=layout, optimizer=optimizer, scheduler=scheduler)
-    plain = wrap(build_model(DENSE, layout, spec="local"))
+    plain = wrap(build_model(SHALLOW, layout, spec="local"))
     with pytest.raises(CheckpointError, match="restore_model first, and its optimizer afterwards"):
         load_checkpoint(tmp_path / "c", plain, optimizer=build_optimizer(plain, training)[0])
     chunks = wrap(restore_model(tmp_path / "c", layout, spec="local")[0])
