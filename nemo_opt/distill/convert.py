@@ -17,12 +17,12 @@ from nemo_opt.distill.config import DistillationConfig
 from nemo_opt.distill.criterion import LossBalancer, build_criterion
 from nemo_opt.errors import ConfigError
 from nemo_opt.models.build import model_config_of, unwrap
-from nemo_opt.parallel import current_topology
+from nemo_opt.parallel import Topology
 
 __all__ = ["convert_to_distillation_model", "export_student"]
 
 _SAME_IN_BOTH = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size",
-                 "sequence_parallel", "pipeline_dtype", "variable_seq_lengths")  # fmt: skip
+                 "sequence_parallel", "params_dtype", "pipeline_dtype", "variable_seq_lengths")  # fmt: skip
 
 
 def convert_to_distillation_model(student_chunks: Any, teacher: Any, distill_cfg: DistillationConfig) -> list[GPTModel]:
@@ -40,10 +40,8 @@ def convert_to_distillation_model(student_chunks: Any, teacher: Any, distill_cfg
         ConfigError: on every rank, where the models, the settings and the layout do not fit each other.
 
     """
-    topology = current_topology()
-    if topology is not None:
-        distill_cfg.check_topology(topology)
     student = _bare(student_chunks, "student")
+    distill_cfg.check_topology(_topology_of(student))
     teacher_model = _bare(init_model_from_model_like(teacher) if isinstance(teacher, tuple) else teacher, "teacher")
     _check_models(student, teacher_model, distill_cfg)
     criterion = _on_last_stage(lambda: build_criterion(distill_cfg, student.config, teacher_model.config))
@@ -79,6 +77,12 @@ def _bare(model: Any, role: str) -> GPTModel:
     if distillation_model(inner) is not None:
         raise ConfigError(f"the {role} is a distillation model already")
     return inner
+
+
+def _topology_of(model: GPTModel) -> Topology:
+    config = model.config
+    vp = config.virtual_pipeline_model_parallel_size or 1
+    return Topology(tp=config.tensor_model_parallel_size, pp=config.pipeline_model_parallel_size, vp=vp)
 
 
 def _check_models(student: GPTModel, teacher: GPTModel, config: DistillationConfig) -> None:
