@@ -213,6 +213,8 @@ def check_prune(
         raise ConfigError("pruning to target sizes measures importance on data, but none is given: name data, or drop layers by number")
     if not drops and topology.tp > 1:
         raise ConfigError(f"tp {topology.tp}: pruning to target sizes needs tp 1 (use pp); only drop_layers works with tensor parallelism")
+    if not drops and topology.pp != world_size:
+        raise ConfigError(f"pp {topology.pp} != {world_size} ranks: pruning to target sizes needs every rank to be one pipeline stage")
     pruning.check_against(info.model)
     _check_not_interleaved(topology, "pruning")
     resolved = _check_layout(topology, world_size, info.model, data.seq_length if data else None)

@@ -21,7 +21,7 @@ from typing import Any
 from nemo_opt.api.results import DistillResult, EvalResult, PruneResult, PtqResult, Result
 from nemo_opt.data.config import DataConfig
 from nemo_opt.errors import ConfigError
-from nemo_opt.launch import RankFailedError, rank, run_ranks
+from nemo_opt.launch import rank, run_ranks
 from nemo_opt.parallel import Topology
 from nemo_opt.testing import fixtures
 from nemo_opt.testing.quickstart_report import print_table, write_html
@@ -269,7 +269,7 @@ def main(output: Path) -> int:
     time_s = time.perf_counter() - start
     record = {
         "rows": [asdict(row) for row in rows],
-        "good": all(row.good for row in rows),
+        "good": bool(rows) and all(row.good for row in rows),
         "time_s": time_s,
         "goal_s": GOAL_S,
         "fixtures": str(made.root),
@@ -278,8 +278,6 @@ def main(output: Path) -> int:
     (output / _RESULT).write_text(json.dumps(record, indent=1) + "\n")
     write_html(record, output / _PAGE)
     print_table(record, output, page=output / _PAGE, result=output / _RESULT)
-    if len(rows) == 0:
-        raise RankFailedError("the quickstart made no row")
     return 0 if record["good"] else 1
 
 

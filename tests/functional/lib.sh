@@ -27,10 +27,9 @@ STEP_GROUP=""
 WATCH_GROUP=""
 
 end_groups() {
-    local group
-    for group in $WATCH_GROUP $STEP_GROUP; do
-        kill -TERM -- "-$group" 2>/dev/null || true
-    done
+    # The watch has nothing to clean up, and may not have dropped this shell's traps yet, which would swallow a SIGTERM.
+    [[ -z $WATCH_GROUP ]] || kill -KILL -- "-$WATCH_GROUP" 2>/dev/null || true
+    [[ -z $STEP_GROUP ]] || kill -TERM -- "-$STEP_GROUP" 2>/dev/null || true
     STEP_GROUP=""
     WATCH_GROUP=""
 }

@@ -1,0 +1,209 @@
+"""The command line, with the launch replaced by a recorder, and how results look."""
+
+import json
+
+import pytest
+
+from nemo_opt import launch
+from nemo_opt.api import checks
+from nemo_opt.api.results import DistillResult, EvalResult, ExportResult, ImportResult, PruneResult, PtqResult, TrainResult
+from nemo_opt.cli import report, run
+from nemo_opt.cli.main import main
+from nemo_opt.errors import ConfigError
+from nemo_opt.launch import RankFailedError
+from nemo_opt.parallel import Topology
+
+FACTS = {"path": "OUT", "layout": "TP2PP1", "spec": "te", "device": "cpu/gloo", "parameters": 1_115_264, "time_s": 2.5}
+RESULTS = {
+    "train": TrainResult(**FACTS, steps=10, loss_first=7.6, loss_last=6.5, loss_after=6.6, loss_uniform=7.62, tokens_per_s=2500.0),
+    "ptq": PtqResult(
+        **FACTS,
+        algorithm="fp8",
+        export_format="nemo",
+        loss_before=5.0,
+        loss_after=5.01,
+        quantizers=32,
+        bytes_before=4_680_000,
+        bytes_after=999,
+    ),
+    "prune": PruneResult(
+        **FACTS,
+        loss_before=5.0,
+        loss_after=None,
+        parameters_before=2_000_000_000,
+        model_before={"hidden_size": 128, "num_layers": 4},
+        model_after={"hidden_size": 64, "num_layers": 4},
+    ),
+    "distill": DistillResult(
+        **FACTS,
+        steps=5,
+        teacher="T",
+        teacher_loss=5.0,
+        loss_before=5.5,
+        loss_after=5.2,
+        kd_loss_first=0.5,
+        kd_loss_last=0.2,
+        tokens_per_s=1.0,
+    ),
+    "import_ckpt": ImportResult(**FACTS, source="HF", bytes_after=4_680_000_000),
+    "export_ckpt": ExportResult(**FACTS, source="CKPT", bytes_after=4_680),
+    "evaluate": EvalResult(**FACTS, loss=5.0, tokens=8192),
+}
+
+
+@pytest.fixture
+def started(monkeypatch, tmp_path):
+    """What a command would start, as (command, devices, settings); the result is that of `RESULTS`."""
+    calls = []
+
+    def run_ranks(target, settings, *, devices):
+        command = target.removeprefix("nemo_opt.api:")
+        calls.append((command, devices, settings))
+        return RESULTS[command]
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(launch, "run_ranks", run_ranks)
+    for name in checks.__all__:
+        if name.startswith("check_"):
+            monkeypatch.setattr(checks, name, lambda **settings: None)
+    return calls
+
+
+def call(arguments):
+    with pytest.raises(SystemExit) as end:
+        main(arguments.split())
+    return end.value.code or 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command", "devices", "topology", "settings"),
+    [
+        ("train OUT --preset tiny --tokenizer TOK --tp 2", "train", 2, Topology(tp=2), {"tokenizer": "TOK", "checkpoint": None}),
+        ("train OUT --checkpoint C --resume --log-dir L", "train", 1, Topology(), {"checkpoint": "C", "resume": True, "log_dir": "L"}),
+        ("import HF OUT --tp 2 --pp 2", "import_ckpt", 4, Topology(tp=2, pp=2), {"source": "HF", "output": "OUT"}),
+        ("export CKPT HF --pp 2", "export_ckpt", 2, Topology(pp=2), {"checkpoint": "CKPT", "output": "HF", "overwrite": False}),
+        ("ptq CKPT OUT -a int8 --devices 4 --tp 2", "ptq", 4, Topology(tp=2), {"checkpoint": "CKPT", "spec": None}),
+        ("prune CKPT OUT --hidden-size 64 --pp 2 --overwrite", "prune", 2, Topology(pp=2), {"num_train_samples": 128, "overwrite": True}),
+        ("prune CKPT OUT --drop-layer 1 --drop-layer 3", "prune", 1, Topology(), {"output": "OUT"}),
+        ("distill S T OUT --kd-config kd.yaml --cp 2", "distill", 2, Topology(cp=2), {"student": "S", "distillation": "kd.yaml"}),
+        ("eval DIR --spec local --eval-batches 3", "evaluate", 1, Topology(), {"path": "DIR", "spec": "local", "eval_batches": 3}),
+    ],
+)  # fmt: skip
+def test_commands(started, capsys, arguments, command, devices, topology, settings):
+    assert call(arguments) == 0
+    [(called, ranks, given)] = started
+    assert (called, ranks, given["topology"]) == (command, devices, topology)
+    assert {name: given[name] for name in settings} == settings
+    output = capsys.readouterr().out
+    assert "OUT" in output
+    assert "TP2PP1, te layer spec, cpu/gloo" in output
+
+
+def test_settings_of_the_commands(started):
+    call("ptq CKPT OUT -a int8 --calibration-samples 16 --data a.txt --mbs 2")
+    call("prune CKPT OUT --drop-layer 1 --drop-layer 3 --mock")
+    call("distill S T OUT --steps 50 --lr 0.01")
+    ptq, prune, distill = (settings for _, _, settings in started)
+    assert (ptq["quantization"].algorithm, ptq["quantization"].calibration_dataset_size) == ("int8", 16)
+    assert ptq["data"].paths == ["a.txt"]
+    assert prune["pruning"].drop_layers == (1, 3)
+    assert prune["data"].mock
+    training = distill["training"]
+    assert (training.max_steps, training.warmup_steps, training.min_lr) == (50, 5, 0.001)
+
+
+def test_json(started, tmp_path, capsys):
+    path = tmp_path / "result.json"
+    assert call(f"eval DIR --json {path}") == 0
+    assert json.loads(path.read_text()) == {"kind": "EvalResult", **FACTS, "loss": 5.0, "tokens": 8192}
+    assert call(f"eval DIR --json {tmp_path}/missing/result.json") == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (ConfigError("tp 3 is wrong"), 2, "error: tp 3 is wrong"),
+        (RankFailedError("rank 1 failed:\nTraceback"), 1, "failed: rank 1 failed:\nTraceback"),
+        (KeyboardInterrupt(), 130, ""),  # typer says that it was aborted
+    ],
+)
+def test_exit_codes(started, monkeypatch, capsys, error, code, text):
+    def run_ranks(*_, **__):
+        raise error
+
+    monkeypatch.setattr(launch, "run_ranks", run_ranks)
+    assert call("eval DIR") == code
+    assert text in capsys.readouterr().err
+
+
+def test_bugs_are_not_hidden(started, monkeypatch):
+    def run_ranks(*_, **__):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(launch, "run_ranks", run_ranks)
+    with pytest.raises(ZeroDivisionError):
+        main(["eval", "DIR"])
+
+
+def test_version(capsys):
+    assert call("--version") == 0
+    assert capsys.readouterr().out.startswith("nemo-opt ")
+
+
+@pytest.mark.parametrize("command", RESULTS)
+def test_reports_have_numbers_and_the_place(command, capsys):
+    report.show(RESULTS[command])
+    output = capsys.readouterr().out
+    expected = {
+        "train": ["7.6000 -> 6.5000", "knowing nothing: 7.6200", "2.5 k tokens/s", "1.12 M"],
+        "ptq": ["fp8, 32 quantizers", "5.0000 -> 5.0100", "4.68 MB -> 999 B"],
+        "prune": ["5.0000 -> -", "2 B -> 1.12 M", "128 -> 64"],
+        "distill": ["5.5000 -> 5.2000", "0.5000 -> 0.2000"],
+        "import_ckpt": ["HF", "4.68 GB"],
+        "export_ckpt": ["CKPT", "4.68 kB"],
+        "evaluate": ["5.0000 over 8192 tokens", "read OUT"],
+    }
+    for text in ["2.5 s", "OUT", *expected[command]]:
+        assert text in output
+    assert "num_layers" not in output, "sizes that did not change are left out"
+
+
+def test_only_rank_zero_reports(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("RANK", "1")
+    report.show(RESULTS["ptq"])
+    run.write_json(RESULTS["ptq"], tmp_path / "r.json")
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_errors_under_a_launcher_name_the_rank(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def fail():
+        raise ConfigError("no")
+
+    assert run.exit_code_of(fail) == 2
+    assert capsys.readouterr().err == "rank 1: error: no\n"
+
+
+def test_upkeep(monkeypatch, tmp_path, capsys):
+    from nemo_opt.testing import fixtures, quickstart, suite
+
+    calls = []
+    built = fixtures.Fixtures(tmp_path)
+    monkeypatch.setattr(fixtures, "build", lambda: built)
+    monkeypatch.setattr(fixtures, "show", calls.append)
+    monkeypatch.setattr(suite, "main", lambda **settings: calls.append(settings) or 1)
+    monkeypatch.setattr(quickstart, "main", lambda output: calls.append(output) or 0)
+    assert call("fixtures build") == 0
+    assert call("fixtures build --path") == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path)
+    assert call("suite run --tier L2 --only Prune") == 1
+    assert call(f"quickstart --output {tmp_path}") == 0
+    assert calls[0] is built
+    assert (calls[1]["tier"], calls[1]["only"]) == ("L2", ["Prune"])
+    assert calls[2] == tmp_path
