@@ -188,3 +188,26 @@ def test_loss_and_every_gradient_equal_those_of_one_rank(ranks, references, case
 def test_the_oracle_sees_other_weights(ranks, references):
     with pytest.raises(ParityError, match="loss is"):
         parity.require_parity(ranks, TrainingCase(layout="TP2PP1", seed=8), reference=references(TINY))
+
+
+@pytest.mark.ranks
+def test_the_oracle_sees_messages_that_were_matched_crosswise(ranks, references):
+    """Megatron-Core takes this setting at pp 2 and trains on gradients in the place of activations; see models/build.py."""
+    case = TrainingCase(layout="TP1PP2VP2", overrides={"overlap_p2p_comm": False, "batch_p2p_comm": True})
+    with pytest.raises(ParityError, match="loss is"):
+        parity.require_parity(ranks, case, reference=references(TINY))
+
+
+def _without_the_sum_over_sequence_parallel_ranks(case):
+    from unittest.mock import patch
+
+    with patch("megatron.core.distributed.finalize_model_grads._allreduce_non_tensor_model_parallel_grads"):
+        return parity.measure_step(case)
+
+
+@pytest.mark.ranks
+def test_the_oracle_sees_a_sum_that_was_left_out(ranks, references):
+    case = TrainingCase(layout="TP2PP1SP")
+    measurements = ranks(2).run(_without_the_sum_over_sequence_parallel_ranks, case)
+    with pytest.raises(ParityError, match=r"rank 0: decoder\.final_layernorm\.weight"):
+        compare(references(TINY), measurements)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from nemo_opt.testing import ranks as rank_pools
 from nemo_opt.testing.ranks import RankError, RankPools, RankTimeoutError
 
 pytestmark = pytest.mark.ranks
@@ -118,3 +119,18 @@ def test_a_result_that_cannot_travel_is_an_error(own_pools):
 def test_local_functions_are_refused(ranks):
     with pytest.raises(TypeError, match="define it at module level"):
         ranks(2).run(lambda: None)
+
+
+@pytest.mark.parametrize(("error", "word"), [(EOFError, "dead"), (TimeoutError, "stuck"), (ConnectionRefusedError, "dead")])
+def test_a_fork_server_that_cannot_import_the_stack_is_reported_with_the_remedy(monkeypatch, error, word):
+    class Process:
+        def __init__(self, **_):
+            self.exitcode = None
+
+        def start(self):
+            raise error
+
+    monkeypatch.setattr(rank_pools, "prepare", lambda: None)
+    monkeypatch.setattr(rank_pools._context, "Process", Process)
+    with pytest.raises(RankError, match=f"fork server of the test ranks is {word}: `python -m nemo_opt.testing.preload`"):
+        rank_pools.RankPool(2)
