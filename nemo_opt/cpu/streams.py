@@ -4,6 +4,7 @@ Waiting is therefore always satisfied, and `Event.query()` is truly True; what r
 moments at which events were recorded, so that `elapsed_time` is a measured time.
 """
 
+import threading
 import time
 from typing import Any, Self
 
@@ -111,7 +112,7 @@ class _StreamContext:
 
 
 _default: dict[int, Stream] = {}
-_current: Stream | None = None
+_current = threading.local()  # .stream: the stream that a thread chose, if it chose one
 
 
 def _default_stream(device: Any = None) -> Stream:
@@ -122,13 +123,13 @@ def _default_stream(device: Any = None) -> Stream:
 
 
 def _current_stream(device: Any = None) -> Stream:
-    return _current if _current is not None and device is None else _default_stream(device)
+    chosen = getattr(_current, "stream", None)
+    return chosen if chosen is not None and device is None else _default_stream(device)
 
 
 def _set_stream(stream: Stream | None) -> None:
-    global _current
     if stream is not None:
-        _current = None if stream is _default_stream(stream.device) else stream
+        _current.stream = None if stream is _default_stream(stream.device) else stream
 
 
 def install() -> None:

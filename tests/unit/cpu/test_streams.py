@@ -1,5 +1,6 @@
 """Streams and events: which stream is current, and measured times."""
 
+import threading
 import time
 
 import pytest
@@ -28,6 +29,15 @@ def test_current_stream_follows_the_context():
     torch.cuda.set_stream(default)
     assert torch.cuda.current_stream() is default
     assert torch.cuda.default_stream("cuda:1") is not default
+
+
+def test_each_thread_has_its_own_current_stream():
+    seen = []
+    with torch.cuda.stream(torch.cuda.Stream()):
+        worker = threading.Thread(target=lambda: seen.append(torch.cuda.current_stream()))
+        worker.start()
+        worker.join(timeout=30)
+    assert seen == [torch.cuda.default_stream()]
 
 
 def test_work_on_a_stream_is_done_when_it_is_waited_for():
