@@ -26,7 +26,8 @@ from nemo_opt.cpu.transformer_engine.pytorch.attention._masks import (
 )
 from nemo_opt.cpu.transformer_engine.pytorch.attention._packed import PackedBounds, attend_packed
 from nemo_opt.cpu.transformer_engine.pytorch.attention._positions import gather_sequence, rank_positions
-from nemo_opt.cpu.transformer_engine.pytorch.module.base import TransformerEngineBaseModule, refuse_options
+from nemo_opt.cpu.transformer_engine.pytorch.module.base import TransformerEngineBaseModule
+from nemo_opt.cpu.transformer_engine.pytorch.refusal import refuse_options
 from nemo_opt.errors import ConfigError
 
 __all__ = ["DotProductAttention"]

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
+from nemo_opt.cpu.transformer_engine.pytorch.refusal import refuse_options
 from nemo_opt.errors import ConfigError
 
 __all__ = ["general_gemm"]
-
-_NEUTRAL = (None, False)
 
 
 def general_gemm(
@@ -68,11 +67,9 @@ def general_gemm(
     Raises:
         ConfigError: an option that only a GPU can honour is set.
     """
-    refused = {"quantization_params": quantization_params, "gelu": gelu, "gelu_in": gelu_in, "ub": ub, "ub_type": ub_type}
-    refused |= {"extra_output": extra_output, "bulk_overlap": bulk_overlap}
-    for name, value in refused.items():
-        if not any(value is neutral for neutral in _NEUTRAL):
-            raise ConfigError(f"general_gemm({name}={value!r}) needs a GPU; the CPU reference takes only {name}=None.")
+    if quantization_params is not None or gelu or gelu_in is not None or ub or ub_type or extra_output is not None or bulk_overlap:
+        refused = {"quantization_params": quantization_params, "gelu": gelu, "gelu_in": gelu_in, "ub": ub, "ub_type": ub_type}
+        refuse_options("general_gemm", refused | {"extra_output": extra_output, "bulk_overlap": bulk_overlap})
     result = _product(A, B, layout)
     if alpha != 1.0:
         result = result * alpha

@@ -1,6 +1,6 @@
 """What all modules with weights share: tensor-parallel state, initialisation of weights, the extra state of checkpoints."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -13,8 +13,8 @@ from nemo_opt.errors import ConfigError
 __all__ = [
     "TransformerEngineBaseModule",
     "activation_dtype",
+    "cast",
     "get_dummy_wgrad",
-    "refuse_options",
     "resolve_device",
     "set_tensor_parallel_attributes",
 ]
@@ -24,26 +24,6 @@ InitMethod = Callable[[torch.Tensor], Any]
 
 _DEFAULT_INIT: InitMethod = partial(torch.nn.init.normal_, mean=0.0, std=0.023)
 """Transformer Engine's own default when the caller gives no `init_method`."""
-
-
-def refuse_options(module: str, options: Mapping[str, Any], neutral: Mapping[str, Any] | None = None) -> None:
-    """Refuse each option that is not at a value at which it has no effect.
-
-    Args:
-        module: name of the class, for the message.
-        options: the options that are not implemented, as given.
-        neutral: values without effect besides None and False.
-
-    Raises:
-        ConfigError: names the first option that is set, its value, and what to do.
-    """
-    for name, value in options.items():
-        if value is None or value is False or (neutral is not None and name in neutral and value == neutral[name]):
-            continue
-        raise ConfigError(
-            f"{module}({name}={value!r}) is not available in the CPU reference of Transformer Engine: ignoring it would change what is "
-            f"computed or measured. Leave {name} unset, or run on a GPU."
-        )
 
 
 def resolve_device(device: Any) -> torch.device:
@@ -66,6 +46,11 @@ def activation_dtype(module: str, inp: torch.Tensor, *parameters: torch.Tensor |
                 f"cast the input, or build the module with params_dtype={inp.dtype}."
             )
     return inp.dtype
+
+
+def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in a type; itself where it has that type."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def set_tensor_parallel_attributes(tensor: torch.Tensor, is_parallel: bool, dim: int, stride: int = 1) -> None:

@@ -18,11 +18,11 @@ from nemo_opt.cpu.transformer_engine.pytorch.module.base import (
     TransformerEngineBaseModule,
     activation_dtype,
     no_autocast,
-    refuse_options,
     resolve_device,
     set_tensor_parallel_attributes,
 )
 from nemo_opt.cpu.transformer_engine.pytorch.module.linear import accumulate_wgrad
+from nemo_opt.cpu.transformer_engine.pytorch.refusal import refuse_options
 from nemo_opt.errors import ConfigError
 
 __all__ = ["GroupedLinear"]

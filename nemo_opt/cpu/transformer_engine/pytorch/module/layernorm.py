@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from nemo_opt.cpu.transformer_engine.pytorch.module.base import TransformerEngineBaseModule, refuse_options, resolve_device
+from nemo_opt.cpu.transformer_engine.pytorch.module.base import TransformerEngineBaseModule, resolve_device
+from nemo_opt.cpu.transformer_engine.pytorch.refusal import refuse_options
 from nemo_opt.errors import ConfigError
 
 __all__ = ["LayerNorm", "NormModule"]

@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from nemo_opt.cpu.transformer_engine.pytorch._collectives import reduce_scatter_first_dim
 from nemo_opt.cpu.transformer_engine.pytorch.cpp_extensions import general_gemm
 from nemo_opt.cpu.transformer_engine.pytorch.module._normalization import NormOptions, norm_backward, norm_forward
-from nemo_opt.cpu.transformer_engine.pytorch.module.base import InitMethod, activation_dtype, no_autocast, refuse_options, resolve_device
+from nemo_opt.cpu.transformer_engine.pytorch.module.base import InitMethod, activation_dtype, cast, no_autocast, resolve_device
 from nemo_opt.cpu.transformer_engine.pytorch.module.linear import (
     Linear,
     LinearOptions,
@@ -26,6 +26,7 @@ from nemo_opt.cpu.transformer_engine.pytorch.module.linear import (
     reduce_grad_input,
     reduce_output,
 )
+from nemo_opt.cpu.transformer_engine.pytorch.refusal import refuse_options
 from nemo_opt.errors import ConfigError
 
 __all__ = ["LayerNormLinear"]
@@ -203,17 +204,17 @@ class LayerNormLinear(Linear):
         bias = self.bias if self.apply_bias and not self.gemm_bias_unfused_add else None
         dtype = activation_dtype(type(self).__name__, inp, ln_weight, ln_bias, weight, self.bias)
         args = (
-            inp.to(dtype),
-            ln_weight.to(dtype),
-            None if ln_bias is None else ln_bias.to(dtype),
-            weight.to(dtype),
-            None if bias is None else bias.to(dtype),
+            cast(inp, dtype),
+            cast(ln_weight, dtype),
+            None if ln_bias is None else cast(ln_bias, dtype),
+            cast(weight, dtype),
+            None if bias is None else cast(bias, dtype),
             self._fused_options(),
         )
         with no_autocast():
             result = _LayerNormLinear.apply(*args) if torch.is_grad_enabled() else _LayerNormLinear.forward(None, *args)
         out, *ln_out = result if isinstance(result, tuple) else (result,)
         if self.gemm_bias_unfused_add:
-            out = out + self.bias.to(dtype)
-        outputs = (out, self.bias.to(dtype), *ln_out) if self.return_bias else (out, *ln_out)
+            out = out + cast(self.bias, dtype)
+        outputs = (out, cast(self.bias, dtype), *ln_out) if self.return_bias else (out, *ln_out)
         return outputs if len(outputs) > 1 else out

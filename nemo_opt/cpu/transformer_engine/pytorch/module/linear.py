@@ -18,12 +18,13 @@ from nemo_opt.cpu.transformer_engine.pytorch.module.base import (
     InitMethod,
     TransformerEngineBaseModule,
     activation_dtype,
+    cast,
     get_dummy_wgrad,
     no_autocast,
-    refuse_options,
     resolve_device,
     set_tensor_parallel_attributes,
 )
+from nemo_opt.cpu.transformer_engine.pytorch.refusal import refuse_options
 from nemo_opt.errors import ConfigError
 
 __all__ = ["Linear", "LinearOptions"]
@@ -284,14 +285,15 @@ class Linear(TransformerEngineBaseModule):
         Returns:
             [..., out_features], and the bias if `return_bias`.
         """
-        refuse_options(type(self).__name__, {"fp8_output": fp8_output, "fp8_grad": fp8_grad})
+        if fp8_output or fp8_grad:
+            refuse_options(type(self).__name__, {"fp8_output": fp8_output, "fp8_grad": fp8_grad})
         weight = self.weight
         bias = self.bias if self.apply_bias and not self.gemm_bias_unfused_add else None
         dtype = activation_dtype(type(self).__name__, inp, weight, self.bias)
         # Looked up at the call: ModelOpt replaces `apply` and `forward` while a quantized module runs.
-        args = (weight.to(dtype), inp.to(dtype), bias if bias is None else bias.to(dtype), self._options())
+        args = (cast(weight, dtype), cast(inp, dtype), None if bias is None else cast(bias, dtype), self._options())
         with no_autocast():
             out = _Linear.apply(*args) if torch.is_grad_enabled() else _Linear.forward(None, *args)
         if self.gemm_bias_unfused_add:
-            out = out + self.bias.to(dtype)
-        return (out, self.bias.to(dtype)) if self.return_bias else out
+            out = out + cast(self.bias, dtype)
+        return (out, cast(self.bias, dtype)) if self.return_bias else out
