@@ -7,22 +7,19 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "build": ["build_model", "check_vocabulary", "model_config_of", "spec_of", "transformer_config", "unwrap"],
+        "build": ["build_model", "transformer_config"],
         "config": ["ModelConfig", "RopeScaling", "preset"],
         "huggingface": ["export_hf", "import_hf"],
         "huggingface_config": ["config_from_hf"],
         "init": ["seeded_init"],
         "shards": ["Shard", "full_tensors", "gather_full", "parameter_shards"],
+        "sizes": ["check_vocabulary", "model_config_of", "spec_of", "unwrap"],
     },
 )
 
 if TYPE_CHECKING:
     from nemo_opt.models.build import build_model as build_model
-    from nemo_opt.models.build import check_vocabulary as check_vocabulary
-    from nemo_opt.models.build import model_config_of as model_config_of
-    from nemo_opt.models.build import spec_of as spec_of
     from nemo_opt.models.build import transformer_config as transformer_config
-    from nemo_opt.models.build import unwrap as unwrap
     from nemo_opt.models.config import ModelConfig as ModelConfig
     from nemo_opt.models.config import RopeScaling as RopeScaling
     from nemo_opt.models.config import preset as preset
@@ -34,3 +31,7 @@ if TYPE_CHECKING:
     from nemo_opt.models.shards import full_tensors as full_tensors
     from nemo_opt.models.shards import gather_full as gather_full
     from nemo_opt.models.shards import parameter_shards as parameter_shards
+    from nemo_opt.models.sizes import check_vocabulary as check_vocabulary
+    from nemo_opt.models.sizes import model_config_of as model_config_of
+    from nemo_opt.models.sizes import spec_of as spec_of
+    from nemo_opt.models.sizes import unwrap as unwrap

@@ -1,4 +1,4 @@
-"""Builds a Llama as Megatron-Core's GPTModel on any topology, and reads the sizes back from a built (perhaps pruned) one.
+"""Builds a Llama as Megatron-Core's GPTModel on any topology.
 
 Decisions:
 - GPTModel, although Megatron-Core announces HybridModel as its heir: ModelOpt 0.47 prunes, distils and exports GPTModel.
@@ -9,7 +9,7 @@ Decisions:
 
 import dataclasses
 import logging
-from typing import Any, Literal
+from typing import Any
 
 import nemo_opt._stack
 
@@ -27,14 +27,10 @@ from nemo_opt.device import choose_device, default_spec, local_device
 from nemo_opt.errors import ConfigError
 from nemo_opt.models.config import ModelConfig, RopeScaling
 from nemo_opt.models.init import seeded_init
+from nemo_opt.models.sizes import CONFIG_ATTRIBUTE, Spec, check_vocabulary, model_config_of, spec_of, unwrap
 from nemo_opt.parallel import Topology
 
 __all__ = ["Spec", "build_model", "check_vocabulary", "model_config_of", "spec_of", "transformer_config", "unwrap"]
-
-Spec = Literal["te", "local"]
-"""Which modules a layer is made of: Transformer Engine's (or its reference on CPU), or Megatron-Core's own."""
-
-_CONFIG_ATTRIBUTE = "nemo_opt_config"
 
 
 def build_model(
@@ -136,76 +132,6 @@ def transformer_config(
     return TransformerConfig(**(settings | overrides))
 
 
-def unwrap(model: Any) -> GPTModel:
-    """The GPTModel inside DDP, Float16Module and a list of one chunk.
-
-    Raises:
-        ConfigError: There are several chunks, or no GPTModel inside.
-
-    """
-    if isinstance(model, list | tuple):
-        if len(model) != 1:
-            raise ConfigError(f"expected one model chunk, got {len(model)}: choose a chunk, or use vp=1")
-        model = model[0]
-    while not isinstance(model, GPTModel):
-        if not hasattr(model, "module"):
-            raise ConfigError(f"no GPTModel inside {type(model).__name__}")
-        model = model.module
-    return model
-
-
-def model_config_of(model: Any) -> ModelConfig:
-    """The true sizes of a built model, from the shapes of its weights: after pruning they differ from what it was built with.
-
-    Args:
-        model: A GPTModel or a wrapper of one (see `unwrap`). Any chunk that has a layer will do; only the number of layers is
-            taken from its config, since a chunk does not see them all.
-
-    """
-    gpt_model = unwrap(model)
-    sizes = _sizes_from_weights(gpt_model)
-    known: ModelConfig | None = getattr(gpt_model, _CONFIG_ATTRIBUTE, None)
-    if known is not None:
-        return known.with_(**sizes)
-    # Built elsewhere: GPTModel keeps all but the tokenizer's vocabulary and the parameters of RoPE scaling, whose defaults are Llama 3.1's.
-    return ModelConfig(
-        vocab_size=gpt_model.vocab_size,
-        max_position_embeddings=gpt_model.max_sequence_length,
-        rotary_base=float(gpt_model.rotary_base),
-        rope_scaling=RopeScaling() if gpt_model.rotary_scaling else None,
-        norm_epsilon=gpt_model.config.layernorm_epsilon,
-        tie_embeddings=gpt_model.share_embeddings_and_output_weights,
-        init_method_std=gpt_model.config.init_method_std,
-        moe_router_topk=gpt_model.config.moe_router_topk,
-        **sizes,
-    )
-
-
-def spec_of(model: Any) -> Spec:
-    """The layer spec that a model was built with."""
-    return "te" if unwrap(model).config.transformer_impl == "transformer_engine" else "local"
-
-
-def check_vocabulary(config: ModelConfig, tokenizer_vocab_size: int, *, allow_unused_rows: bool = False) -> None:
-    """Refuses a tokenizer that does not belong to the model.
-
-    Args:
-        config: The model's sizes.
-        tokenizer_vocab_size: Number of tokens, added ones included.
-        allow_unused_rows: Accept embeddings with more rows than there are tokens, as some published models have.
-
-    Raises:
-        ConfigError: Names both sizes.
-
-    """
-    if tokenizer_vocab_size == config.vocab_size or (allow_unused_rows and tokenizer_vocab_size < config.vocab_size):
-        return
-    raise ConfigError(
-        f"the tokenizer has {tokenizer_vocab_size} tokens, the model's vocabulary has {config.vocab_size}: "
-        "use the tokenizer that the model was trained with"
-    )
-
-
 def _build_chunk(config: ModelConfig, mcore_config: TransformerConfig, spec: Spec, vp_stage: int | None) -> GPTModel:
     pp_rank, pp_size = parallel_state.get_pipeline_model_parallel_rank(), mcore_config.pipeline_model_parallel_size
     last_vp_stage = (mcore_config.virtual_pipeline_model_parallel_size or 1) - 1
@@ -226,7 +152,7 @@ def _build_chunk(config: ModelConfig, mcore_config: TransformerConfig, spec: Spe
         )
     if config.rope_scaling is not None:
         _scale_rope(model, config.rope_scaling)
-    setattr(model, _CONFIG_ATTRIBUTE, config)
+    setattr(model, CONFIG_ATTRIBUTE, config)
     # a router allocates its weight on the host whatever the device is
     return model.to(local_device())
 
@@ -274,50 +200,6 @@ def _scale_rope(model: GPTModel, scaling: RopeScaling) -> None:
     rotary.inv_freq = rotary._apply_scaling(frequencies, **dataclasses.asdict(scaling))
 
 
-def _sizes_from_weights(model: GPTModel) -> dict[str, Any]:
-    mcore_config = model.config
-    if not len(model.decoder.layers):  # a pipeline stage that pruning has emptied
-        return _sizes_from_config(mcore_config)
-    tp = mcore_config.tensor_model_parallel_size
-    layer = model.decoder.layers[0]
-    projection_HA = layer.self_attention.linear_proj.weight
-    head_dim = mcore_config.kv_channels
-    heads = projection_HA.shape[1] * tp // head_dim
-    qkv_heads = layer.self_attention.linear_qkv.weight.shape[0] * tp // head_dim
-    hidden = projection_HA.shape[0]
-    return {
-        "num_layers": mcore_config.num_layers,
-        "hidden_size": hidden,
-        "ffn_hidden_size": _ffn_hidden_size(layer, mcore_config),
-        "num_attention_heads": heads,
-        "num_query_groups": (qkv_heads - heads) // 2,
-        "kv_channels": None if head_dim * heads == hidden else head_dim,
-        "num_moe_experts": mcore_config.num_moe_experts,
-    }
-
-
-def _sizes_from_config(mcore_config: TransformerConfig) -> dict[str, Any]:
-    heads, head_dim, hidden = mcore_config.num_attention_heads, mcore_config.kv_channels, mcore_config.hidden_size
-    return {
-        "num_layers": mcore_config.num_layers,
-        "hidden_size": hidden,
-        "ffn_hidden_size": mcore_config.ffn_hidden_size if mcore_config.num_moe_experts is None else mcore_config.moe_ffn_hidden_size,
-        "num_attention_heads": heads,
-        "num_query_groups": mcore_config.num_query_groups,
-        "kv_channels": None if head_dim * heads == hidden else head_dim,
-        "num_moe_experts": mcore_config.num_moe_experts,
-    }
-
-
-def _ffn_hidden_size(layer: torch.nn.Module, mcore_config: TransformerConfig) -> int:
-    mlp: Any = layer.mlp
-    if mcore_config.num_moe_experts is None:
-        return int(mlp.linear_fc2.weight.shape[1]) * mcore_config.tensor_model_parallel_size
-    experts = mlp.experts
-    weight = experts.local_experts[0].linear_fc2.weight if hasattr(experts, "local_experts") else experts.linear_fc2.weight0
-    return int(weight.shape[1]) * mcore_config.expert_tensor_parallel_size
-
-
 def _check_initialised(topology: Topology) -> None:
     if not parallel_state.model_parallel_is_initialized():
         raise ConfigError("model parallel state is not initialised: call nemo_opt.parallel.initialize(topology) first")
@@ -338,6 +220,8 @@ def _check_spec(topology: Topology, spec: Spec) -> None:
         raise ConfigError("spec 'te' needs Transformer Engine, which does not import here: install nemo_opt[te], or use spec 'local'")
     if spec == "local" and topology.cp > 1:
         raise ConfigError(f"cp {topology.cp} needs spec 'te': Megatron-Core's local attention does not split the sequence")
+    if spec == "local" and topology.sp and choose_device().type == "cuda":
+        raise ConfigError("sp needs spec 'te' on GPUs: Megatron-Core refuses torch's norms there, which the CPU backend repairs")
 
 
 class _without_deprecation_notice:  # noqa: N801 -- used as a function

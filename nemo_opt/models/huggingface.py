@@ -19,12 +19,12 @@ import torch
 import torch.distributed as dist
 
 from nemo_opt.errors import CheckpointError, ConfigError
-from nemo_opt.models.build import model_config_of
 from nemo_opt.models.config import ModelConfig
 from nemo_opt.models.huggingface_config import config_from_hf, config_to_hf, special_token_ids
 from nemo_opt.models.huggingface_names import hf_pieces, hf_shapes
 from nemo_opt.models.safetensors_dir import SafetensorsReader, SafetensorsWriter
 from nemo_opt.models.shards import Shard, full_tensors, parameter_shards
+from nemo_opt.models.sizes import model_config_of, unwrap
 
 __all__ = ["TOKENIZER_FILES", "config_from_hf", "export_hf", "import_hf"]
 
@@ -60,7 +60,7 @@ def import_hf(directory: str | Path, chunks: Sequence[torch.nn.Module]) -> Model
 
     """
     config = config_from_hf(directory)
-    _check_same(directory, config, model_config_of(chunks[0]))
+    _check_same(directory, config, model_config_of(chunks))
     reader = SafetensorsReader(directory)
     reader.check(hf_shapes(config), optional=_ignored(config, reader.names))
     with torch.no_grad():
@@ -92,10 +92,10 @@ def export_hf(
 
     """
     out_dir = Path(out_dir)
-    config = model_config_of(chunks[0])
+    config = model_config_of(chunks)
     _refuse_quantized(chunks)
     shards = parameter_shards(chunks)
-    dtype = dtype or shards[0].tensor.dtype
+    dtype = dtype or unwrap(chunks[0]).config.params_dtype
     export: _Export | None = None
 
     def begin() -> None:

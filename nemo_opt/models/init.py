@@ -13,13 +13,13 @@ zero until training, where a random row would only add noise to the softmax.
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import nemo_opt._stack
 
 import torch
 
 from nemo_opt.models.shards import Shard, parameter_shards
+from nemo_opt.models.sizes import model_config_of
 
 __all__ = ["seeded_init"]
 
@@ -29,15 +29,13 @@ _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 @torch.no_grad()
-def seeded_init(chunks: Sequence[Any], seed: int) -> None:
+def seeded_init(chunks: Sequence[torch.nn.Module], seed: int) -> None:
     """Fills the parameters of this rank's chunks, in place. Memory: one block of `_BLOCK_ROWS` rows."""
-    for chunk in chunks:
-        std, num_layers = chunk.config.init_method_std, chunk.config.num_layers
-        vocab_size = chunk.nemo_opt_config.vocab_size
-        for shard in parameter_shards([chunk]):
-            _fill(shard, seed, _std(shard.key, std, num_layers))
-            if shard.key in _VOCABULARY:
-                shard.tensor[max(0, vocab_size - shard.offset[0]) :].zero_()
+    config = model_config_of(chunks)
+    for shard in parameter_shards(chunks):
+        _fill(shard, seed, _std(shard.key, config.init_method_std, config.num_layers))
+        if shard.key in _VOCABULARY:
+            shard.tensor[max(0, config.vocab_size - shard.offset[0]) :].zero_()
 
 
 def _fill(shard: Shard, seed: int, std: float | None) -> None:

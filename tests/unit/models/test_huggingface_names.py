@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_opt.errors import ConfigError
@@ -38,6 +38,7 @@ def configs(draw):
     )
 
 
+@settings(max_examples=30)
 @given(configs())
 def test_every_hf_row_has_exactly_one_place(config):
     rows = {name: [0] * shape[0] for name, shape in hf_shapes(config).items()}
@@ -48,6 +49,7 @@ def test_every_hf_row_has_exactly_one_place(config):
     assert all(count == 1 for counts in rows.values() for count in counts)
 
 
+@settings(max_examples=30)
 @given(configs())
 def test_pieces_of_a_weight_follow_each_other(config):
     for key in _keys(config):

@@ -2,7 +2,7 @@ import hashlib
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_opt.models import init
@@ -94,6 +94,7 @@ def test_init_can_be_repeated_in_place(one_rank):
     assert all(torch.equal(tensor, first[key]) for key, tensor in gather_full(parameter_shards(chunks)).items())
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_any_rectangle_holds_what_the_whole_weight_holds_there(data):
     rows, columns = data.draw(st.integers(1, 3 * init._BLOCK_ROWS)), data.draw(st.integers(1, 5))
