@@ -1,0 +1,166 @@
+"""Every function of the API on two ranks, in the order a user calls them: numbers, files, reload at other layouts."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+import nemo_opt.api as api
+from nemo_opt.checkpoint.info import read_info
+from nemo_opt.data.tokenizer import train_tokenizer
+from nemo_opt.distill.config import DistillationConfig
+from nemo_opt.models.config import ModelConfig
+from nemo_opt.parallel import Topology
+from nemo_opt.prune.config import PruningConfig
+from nemo_opt.quantize.config import ExportConfig, QuantizationConfig
+from nemo_opt.training.config import TrainingConfig
+
+pytestmark = pytest.mark.ranks
+
+MODEL = ModelConfig(
+    num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2, vocab_size=300, max_position_embeddings=64
+)
+TP2, PP2, DP2 = Topology(tp=2), Topology(pp=2), Topology()
+EVAL_BATCHES = 2
+
+
+def settings(root, *, mbs=2):
+    return api.data_config(seq_length=32, micro_batch_size=mbs, global_batch_size=4, index_mapping_dir=f"{root}/index")
+
+
+def training(steps=3, **changes):
+    values = {"max_steps": steps, "seq_length": 32, "micro_batch_size": 2, "global_batch_size": 4, "lr": 1e-2, "limit_val_batches": 2}
+    return TrainingConfig(**(values | changes))
+
+
+def everything(root):
+    """On each rank; returns results by name."""
+    data, r = settings(root), {}
+    path = {name: f"{root}/{name}" for name in ("teacher", "resumed", "fp8", "pruned", "dropped", "distilled", "hf", "again")}
+    r["teacher"] = api.train(
+        output=path["teacher"], model=MODEL, tokenizer=f"{root}/tokenizer", data=data, training=training(), topology=DP2, log_dir=root
+    )
+    r["resumed"] = api.train(
+        output=path["resumed"], checkpoint=path["teacher"], resume=True, data=data, training=training(5), topology=DP2, save_optimizer=False
+    )
+    r["eval"] = api.evaluate(path=path["teacher"], data=data, topology=TP2, eval_batches=EVAL_BATCHES)
+    r["fp8"] = api.ptq(
+        checkpoint=path["teacher"],
+        quantization=QuantizationConfig(
+            calibration_dataset="builtin", calibration_dataset_size=8, calibration_batch_size=2, calibration_seq_len=32
+        ),
+        export=ExportConfig(path=path["fp8"], export_format="nemo"),
+        data=data,
+        topology=TP2,
+        eval_batches=EVAL_BATCHES,
+    )
+    r["fp8 again"] = api.evaluate(path=path["fp8"], data=data, topology=PP2, eval_batches=EVAL_BATCHES)
+    r["pruned"] = api.prune(
+        checkpoint=path["teacher"],
+        output=path["pruned"],
+        pruning=PruningConfig(target_ffn_hidden_size=32, target_hidden_size=16),
+        data=data,
+        topology=PP2,
+        num_train_samples=4,
+        eval_batches=EVAL_BATCHES,
+    )
+    r["dropped"] = api.prune(
+        checkpoint=path["teacher"], output=path["dropped"], pruning=PruningConfig(drop_layers=(1,)), topology=TP2, eval_batches=0
+    )
+    r["distilled"] = api.distill(
+        student=path["pruned"],
+        teacher=path["teacher"],
+        output=path["distilled"],
+        distillation=DistillationConfig(intermediate_layer_pairs=[("decoder.final_layernorm", "decoder.final_layernorm")]),
+        data=data,
+        training=training(4, val_check_interval=2),
+        topology=PP2,
+        eval_batches=EVAL_BATCHES,
+    )
+    r["hf"] = api.export_ckpt(checkpoint=path["distilled"], output=path["hf"], topology=TP2)
+    r["hf"] = api.export_ckpt(checkpoint=path["distilled"], output=path["hf"], topology=PP2, overwrite=True)
+    r["opened"] = api.evaluate(path=path["hf"], data=data, topology=DP2, eval_batches=EVAL_BATCHES // 2)
+    r["again"] = api.import_ckpt(source=path["hf"], output=path["again"], topology=TP2)
+    r["again eval"] = api.evaluate(path=path["again"], data=data, topology=PP2, eval_batches=EVAL_BATCHES)
+    return r
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    path = tmp_path_factory.mktemp("api")
+    train_tokenizer(api.builtin_corpus().read_text().splitlines()[:40], MODEL.vocab_size, path / "tokenizer")
+    return path
+
+
+@pytest.fixture(scope="module")
+def results(ranks, root):
+    first, second = ranks(2).run(everything, str(root), timeout_s=240)
+    for name, result in first.items():
+        assert _numbers(result) == pytest.approx(_numbers(second[name])), f"{name}: ranks disagree"
+    return first
+
+
+def _numbers(result):
+    return {k: v for k, v in result.to_dict().items() if isinstance(v, float) and "time" not in k and "per_s" not in k}
+
+
+def test_training(results):
+    teacher = results["teacher"]
+    assert teacher.layout == "TP1PP1DP2"
+    assert teacher.loss_last < teacher.loss_first
+    assert teacher.loss_uniform == pytest.approx(math.log(300))
+    assert teacher.tokens_per_s > 0
+    info = read_info(teacher)
+    assert (info.model, info.iteration, info.consumed_samples, info.has_optimizer) == (MODEL, 3, 12, True)
+
+
+def test_resume(results, root):
+    assert read_info(results["resumed"]).iteration == 5
+    assert not read_info(results["resumed"]).has_optimizer
+    assert results["resumed"].loss_after < results["teacher"].loss_after
+    assert (root / "metrics.jsonl").read_text().count("grad_norm") == 3
+
+
+def test_parameters_are_those_of_the_sizes(results):
+    layer = 32 * (4 + 2 * 2) * 8 + 32 * 32 + 3 * 32 * 64 + 2 * 32
+    assert results["eval"].parameters == 2 * 384 * 32 + 2 * layer + 32, "the vocabulary of 300 is padded to 384 rows"
+    assert len({results[name].parameters for name in ("teacher", "eval", "fp8", "fp8 again")}) == 1, "whatever the layout"
+
+
+def test_ptq(results):
+    fp8 = results["fp8"]
+    assert fp8.loss_before == pytest.approx(results["eval"].loss, abs=1e-6)
+    assert 0 < abs(fp8.loss_after - fp8.loss_before) < 0.05
+    assert fp8.quantizers == 2 * 4 * 2, "inputs and weights of four linears in two layers"
+    # An activation that differs in its last bit may round to the neighbouring FP8 value.
+    assert results["fp8 again"].loss == pytest.approx(fp8.loss_after, abs=1e-4)
+    assert (fp8.bytes_before > 0, read_info(fp8).has_modelopt_state) == (True, True)
+
+
+def test_prune(results):
+    pruned = results["pruned"]
+    assert read_info(pruned).model == MODEL.with_(hidden_size=16, ffn_hidden_size=32, kv_channels=8)
+    assert (pruned.model_before["hidden_size"], pruned.model_after["hidden_size"]) == (32, 16)
+    assert pruned.parameters < pruned.parameters_before == results["teacher"].parameters
+    assert pruned.loss_after > pruned.loss_before
+    assert results["dropped"].model_after["num_layers"] == 1
+    assert results["dropped"].loss_after is None
+
+
+def test_distill(results):
+    distilled = results["distilled"]
+    assert distilled.steps == 4
+    assert distilled.teacher_loss == pytest.approx(results["eval"].loss, abs=1e-5)
+    assert distilled.loss_before == pytest.approx(results["pruned"].loss_after, abs=1e-5)
+    assert distilled.kd_loss_last < distilled.kd_loss_first
+    assert distilled.parameters == results["pruned"].parameters, "the teacher is not in the checkpoint"
+
+
+def test_export_and_import(results):
+    expected = results["distilled"].loss_after
+    assert results["opened"].spec == "transformers"
+    assert results["opened"].loss == pytest.approx(expected, abs=1e-5)
+    assert results["again eval"].loss == pytest.approx(expected, abs=1e-5)
+    assert not list(Path(results["again"]).rglob("*.safetensors")), "the checkpoint holds no second copy of the weights"
+    assert (Path(results["again"]) / "tokenizer" / "tokenizer.json").is_file()
+    assert results["hf"].bytes_after > 0

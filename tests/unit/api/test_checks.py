@@ -1,0 +1,251 @@
+"""What is refused before the stack is loaded: every check, with the message that helps."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import nemo_opt.api as api
+from nemo_opt.api import checks
+from nemo_opt.checkpoint.info import CheckpointInfo, write_info
+from nemo_opt.data.corpus import builtin_documents
+from nemo_opt.data.tokenizer import train_tokenizer
+from nemo_opt.distill.config import DistillationConfig
+from nemo_opt.errors import CheckpointError, ConfigError, DataError
+from nemo_opt.models.config import ModelConfig
+from nemo_opt.parallel import Topology
+from nemo_opt.prune.config import PruningConfig
+from nemo_opt.quantize.config import ExportConfig, QuantizationConfig
+from nemo_opt.training.config import TrainingConfig
+
+MODEL = ModelConfig(
+    num_layers=4, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2, vocab_size=300, max_position_embeddings=64
+)
+ONE = {"topology": Topology(), "world_size": 1}
+TP2 = {"topology": Topology(tp=2), "world_size": 2}
+QUANTIZATION = QuantizationConfig(calibration_seq_len=32, calibration_dataset_size=8, calibration_batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tokenizers")
+    for size in (300, 320):
+        train_tokenizer(builtin_documents()[:20], size, root / str(size))
+    return root
+
+
+@pytest.fixture
+def place(tmp_path, tokenizers):
+    """A directory with the header of a checkpoint, `ckpt`, and variants of it."""
+    make(tmp_path / "ckpt", tokenizers / "300")
+    (tmp_path / "text.txt").write_text("some words\n")
+    return tmp_path
+
+
+def make(path, tokenizer=None, **changes):
+    path.mkdir()
+    write_info(CheckpointInfo(**({"path": path, "model": MODEL, "topology": Topology()} | changes)), path)
+    if tokenizer:
+        (path / "tokenizer").symlink_to(tokenizer)
+    return str(path)
+
+
+def data(place, **changes):
+    values = {"paths": [str(place / "text.txt")], "seq_length": 32, "micro_batch_size": 2, "global_batch_size": 4}
+    return api.data_config(**(values | changes))
+
+
+def training(**changes):
+    values = {"max_steps": 3, "seq_length": 32, "micro_batch_size": 2, "global_batch_size": 4}
+    return TrainingConfig(**(values | changes))
+
+
+def ptq(place, **changes):
+    export = ExportConfig(path=place / "out", export_format="nemo")
+    values = {"checkpoint": str(place / "ckpt"), "quantization": QUANTIZATION, "export": export, "data": data(place), **ONE}
+    checks.check_ptq(**(values | changes))
+
+
+def prune(place, **changes):
+    pruning = PruningConfig(target_hidden_size=16)
+    values = {"checkpoint": str(place / "ckpt"), "output": str(place / "out"), "pruning": pruning, "data": data(place), **ONE}
+    checks.check_prune(**(values | changes))
+
+
+def distill(place, **changes):
+    student, output = str(place / "ckpt"), str(place / "out")
+    values = {"student": student, "teacher": student, "output": output, "data": data(place), "training": training(), **ONE}
+    checks.check_distill(**(values | changes))
+
+
+def train(place, **changes):
+    values = {"output": str(place / "out"), "checkpoint": str(place / "ckpt"), "data": data(place), "training": training(), **ONE}
+    checks.check_train(**(values | changes))
+
+
+def evaluate(place, **changes):
+    checks.check_evaluate(**({"path": str(place / "ckpt"), "data": data(place), **ONE} | changes))
+
+
+@pytest.mark.parametrize("check", [ptq, prune, distill, train, evaluate])
+def test_good_settings_pass(place, check):
+    check(place)
+
+
+@pytest.mark.parametrize("check", [ptq, prune, distill, train, evaluate])
+def test_layouts_and_data(place, check):
+    with pytest.raises(ConfigError, match=r"world_size 3|!= 3 ranks"):
+        check(place, topology=Topology(pp=2), world_size=3)
+    long = {"training": training(seq_length=128)} if check in (distill, train) else {}
+    with pytest.raises(ConfigError, match=r"seq_length 128 > max_position_embeddings 64"):
+        check(place, data=data(place, seq_length=128), **long)
+    with pytest.raises(DataError, match=r"missing\.txt"):
+        check(place, data=data(place, paths=[str(place / "missing.txt")]))
+
+
+@pytest.mark.parametrize(
+    ("check", "name"), [(ptq, "checkpoint"), (prune, "checkpoint"), (distill, "student"), (distill, "teacher"), (train, "checkpoint")]
+)
+def test_checkpoints(place, check, name):
+    with pytest.raises(CheckpointError, match="does not exist"):
+        check(place, **{name: str(place / "nowhere")})
+    hf = place / "hf"
+    hf.mkdir()
+    (hf / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="nemo-opt import"):
+        check(place, **{name: str(hf)})
+
+
+@pytest.mark.parametrize("check", [ptq, prune, distill, train])
+def test_outputs(place, check):
+    output = place / "out"
+    output.mkdir()
+    check(place)
+    (output / "file").touch()
+    with pytest.raises(ConfigError, match="exists and is not empty"):
+        check(place)
+    check(place, overwrite=True)
+
+
+def test_output_file(place):
+    with pytest.raises(ConfigError, match="is a file"):
+        checks.check_output(place / "text.txt", overwrite=True)
+
+
+@pytest.mark.parametrize("check", [ptq, prune, distill, train, evaluate])
+def test_tokenizers(place, check, tokenizers):
+    with pytest.raises(ConfigError, match=r"320 tokens.*vocabulary of 300"):
+        check(place, tokenizer=str(tokenizers / "320"))
+    bare = {"checkpoint": make(place / "bare")}
+    bare = {evaluate: {"path": bare["checkpoint"]}, distill: {"student": bare["checkpoint"]}}.get(check, bare)
+    with pytest.raises(ConfigError, match="has no tokenizer"):
+        check(place, **bare)
+    check(place, **bare, tokenizer=str(tokenizers / "300"))
+
+
+def test_ptq(place):
+    with pytest.raises(ConfigError, match="'hf' is not supported yet"):
+        ptq(place, export=ExportConfig(path=place / "out", export_format="hf"))
+    with pytest.raises(ConfigError, match="already quantised"):
+        ptq(place, checkpoint=make(place / "fp8", has_modelopt_state=True))
+    with pytest.raises(ConfigError, match="calibration_seq_len 16"):
+        ptq(place, quantization=replace(QUANTIZATION, calibration_seq_len=16))
+    with pytest.raises(ConfigError, match="calibration_dataset_size 8 < micro-batch size 8 \\* dp 2"):
+        ptq(place, quantization=replace(QUANTIZATION, calibration_batch_size=8), world_size=2)
+    with pytest.raises(ConfigError, match="vp 2"):
+        ptq(place, topology=Topology(pp=2, vp=2), world_size=2)
+    with pytest.raises(ConfigError, match="eval_batches -1"):
+        ptq(place, eval_batches=-1)
+
+
+def test_prune(place):
+    with pytest.raises(ConfigError, match="needs tp 1"):
+        prune(place, **TP2)
+    with pytest.raises(ConfigError, match="pp 1 != 2 ranks"):
+        prune(place, world_size=2)
+    with pytest.raises(ConfigError, match="none is given"):
+        prune(place, data=None)
+    with pytest.raises(ConfigError, match="num_train_samples 3 % micro_batch_size 2"):
+        prune(place, num_train_samples=3)
+    with pytest.raises(ConfigError, match="num_train_samples 0 <"):
+        prune(place, num_train_samples=0)
+    with pytest.raises(ConfigError, match="target_hidden_size 64"):
+        prune(place, pruning=PruningConfig(target_hidden_size=64))
+    prune(place, pruning=PruningConfig(drop_layers=(1, 2)), data=None, **TP2)
+
+
+def test_distill(place, tokenizers):
+    with pytest.raises(ConfigError, match="vocabulary 300 of the student != 400"):
+        distill(place, teacher=make(place / "other", tokenizers / "300", model=MODEL.with_(vocab_size=400)))
+    with pytest.raises(ConfigError, match="is quantised"):
+        distill(place, teacher=make(place / "fp8", tokenizers / "300", has_modelopt_state=True))
+    with pytest.raises(ConfigError, match=r"kd\.yaml"):
+        distill(place, distillation=str(place / "kd.yaml"))
+    with pytest.raises(ConfigError, match=r"layers\.9"):
+        distill(place, distillation=DistillationConfig(intermediate_layer_pairs=[("decoder.layers.9", "decoder.layers.0")]))
+    with pytest.raises(ConfigError, match="vp 2"):
+        distill(place, topology=Topology(pp=2, vp=2), world_size=2)
+    with pytest.raises(ConfigError, match="global_batch_size 4 of the data != 8"):
+        distill(place, training=training(global_batch_size=8))
+    with pytest.raises(ConfigError, match="global_batch_size 4 %"):
+        distill(place, world_size=4)
+
+
+def test_train(place, tokenizers):
+    with pytest.raises(ConfigError, match="exactly one"):
+        train(place, model=MODEL)
+    with pytest.raises(ConfigError, match="no tokenizer yet"):
+        train(place, model=MODEL, checkpoint=None)
+    with pytest.raises(ConfigError, match="320 tokens"):
+        train(place, model=MODEL, checkpoint=None, tokenizer=str(tokenizers / "320"))
+    train(place, model=MODEL, checkpoint=None, tokenizer=str(tokenizers / "300"))
+    with pytest.raises(ConfigError, match="no optimizer state"):
+        train(place, resume=True)
+    done = make(place / "done", tokenizers / "300", has_optimizer=True, iteration=3)
+    with pytest.raises(ConfigError, match="step 3 of max_steps 3"):
+        train(place, checkpoint=done, resume=True)
+    train(place, checkpoint=done, resume=True, training=training(max_steps=4))
+
+
+def test_evaluate(place):
+    with pytest.raises(CheckpointError, match="does not exist"):
+        evaluate(place, path=str(place / "nowhere"))
+    with pytest.raises(ConfigError, match="eval_batches 0"):
+        evaluate(place, eval_batches=0)
+    hf = place / "hf"
+    hf.mkdir()
+    (hf / "config.json").write_text("{}")
+    evaluate(place, path=str(hf))
+    with pytest.raises(ConfigError, match="import it first"):
+        evaluate(place, path=str(hf), **TP2)
+
+
+def test_import_and_export(place):
+    with pytest.raises(CheckpointError, match="does not exist"):
+        checks.check_import_ckpt(source=str(place / "nowhere"), output=str(place / "out"), **ONE)
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        checks.check_import_ckpt(source=str(place), output=str(place / "out"), **ONE)
+    (place / "config.json").write_text("{}")
+    checks.check_import_ckpt(source=str(place), output=str(place / "out"), **ONE)
+    checks.check_export_ckpt(checkpoint=str(place / "ckpt"), output=str(place / "out"), **TP2)
+    with pytest.raises(ConfigError, match="is quantised"):
+        checks.check_export_ckpt(checkpoint=make(place / "fp8", has_modelopt_state=True), output=str(place / "out"), **ONE)
+
+
+def test_builtin_corpus(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    settings = api.data_config(seq_length=32)
+    assert settings.paths == [str(api.builtin_corpus())]
+    assert settings.split == "90,10,0"
+    lines = Path(settings.paths[0]).read_text().splitlines()
+    assert len(lines) > 100
+    assert all(json.loads(line)["text"] for line in lines[:10])
+    assert api.data_config(["a.txt"], seq_length=32).split == "99,1,0"
+    assert api.data_config(mock=True, seq_length=32).mock
+
+
+def test_results_are_paths(tmp_path):
+    result = api.EvalResult(path=str(tmp_path), layout="TP1PP1", spec="te", device="cpu", parameters=1, time_s=0.1, loss=1.0, tokens=2)
+    assert Path(result) == tmp_path
+    assert result.to_dict()["loss"] == 1.0
