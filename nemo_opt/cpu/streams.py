@@ -48,6 +48,10 @@ class Stream:
         """Whether all work is done; it is."""
         return True
 
+    def is_capturing(self) -> bool:
+        """Whether a CUDA graph is being captured; never. PyTorch's optimizers ask at each step."""
+        return False
+
     @staticmethod
     def priority_range() -> tuple[int, int]:
         """The lowest and the highest priority; there is only one."""

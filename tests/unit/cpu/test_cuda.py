@@ -84,6 +84,19 @@ def test_accelerator_gives_the_same_answers(pretended):
     assert torch.accelerator.current_accelerator(check_available=True) is None
 
 
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}])
+def test_optimizers_step_on_pretended_devices(pretended, optimizer, options):
+    weight = torch.nn.Parameter(torch.ones(2, device="cuda"))
+    scaler = torch.amp.GradScaler("cuda", init_scale=4.0)
+    stepping = optimizer([weight], lr=0.5, **options)
+    scaler.scale(weight.sum()).backward()
+    scaler.step(stepping)
+    scaler.update()
+    assert weight.grad.tolist() == [1.0, 1.0]
+    assert (weight < 0.51).all()  # both optimizers go a whole learning rate down for a gradient of one
+
+
 def test_data_loader_that_pins_memory_delivers(pretended):
     loader = torch.utils.data.DataLoader(torch.arange(4), batch_size=2, pin_memory=True)
     assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3]]
