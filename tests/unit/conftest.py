@@ -6,8 +6,15 @@ from nemo_opt.testing import ranks as rank_pools
 
 
 def pytest_pycollect_makemodule(module_path):
-    """Tests with several ranks are coming: their stack is imported while this process imports its own."""
-    if b"pytest.mark.ranks" in module_path.read_bytes():
+    """What a test module needs before it is loaded.
+
+    Megatron-Core decides at import whether Transformer Engine exists, so the backend comes first, in whatever order modules are collected.
+    Tests with several ranks are coming: their stack is imported while this process imports its own.
+    """
+    source = module_path.read_bytes()
+    if b"megatron" in source or b"modelopt" in source:
+        import nemo_opt._stack  # noqa: F401
+    if b"pytest.mark.ranks" in source:
         rank_pools.prepare()
 
 
