@@ -1,15 +1,12 @@
 """How the quickstart's record looks: a table on the terminal, and one self-contained HTML page for light and dark screens."""
 
-import importlib.util
-import io
 from pathlib import Path
 from typing import Any
 
-__all__ = ["plot", "print_table", "write_html"]
+from nemo_opt import pages
+from nemo_opt.pages import COLOURS
 
-_TEMPLATE = "quickstart.html.j2"
-_COLOURS = {"light": ("#1f2328", "#c8d1dc", "#2f7d4f", "#b3372f"), "dark": ("#e6edf3", "#4b5663", "#5fc98a", "#f0857c")}
-"""Text and axes, loss before, loss after of a good step, of a bad one."""
+__all__ = ["plot", "print_table", "write_html"]
 
 
 def _losses(row: dict[str, Any]) -> str:
@@ -38,41 +35,25 @@ def print_table(record: dict[str, Any], output: Path, *, page: Path, result: Pat
         console.print(f"{name:<9} {path.absolute()}", soft_wrap=True, highlight=False)
 
 
-def plot(rows: list[dict[str, Any]], theme: str) -> str:
+def plot(rows: list[dict[str, Any]]) -> str:
     """Losses before and after each step as an SVG element; empty where matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return ""
-    from matplotlib.figure import Figure
 
-    text, before_colour, good, bad = _COLOURS[theme]
-    figure = Figure(figsize=(8, 0.5 * len(rows) + 0.8), layout="constrained")
-    axes = figure.add_subplot()
-    for place, row in enumerate(rows):
-        if row["loss_before"] is not None:
-            axes.plot([row["loss_before"], row["loss_after"]], [place, place], color=before_colour, linewidth=4, zorder=1)
-            axes.scatter([row["loss_before"]], [place], color=before_colour, s=40, zorder=2)
-        axes.scatter([row["loss_after"]], [place], color=good if row["good"] else bad, s=55, zorder=3)
-    axes.set_yticks(range(len(rows)), [f"{row['what']} ({row['layout']})" for row in rows])
-    axes.invert_yaxis()
-    axes.set_xlabel("validation loss (nats a token): before (grey) and after")
-    axes.tick_params(colors=text)
-    axes.xaxis.label.set_color(text)
-    for side, spine in axes.spines.items():
-        spine.set_color(text)
-        spine.set_visible(side == "bottom")
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
-    return svg[svg.index("<svg") :]
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot()
+        for place, row in enumerate(rows):
+            if row["loss_before"] is not None:
+                axes.plot([row["loss_before"], row["loss_after"]], [place, place], color=COLOURS["line"], linewidth=4, zorder=1)
+                axes.scatter([row["loss_before"]], [place], color=COLOURS["line"], s=40, zorder=2)
+            axes.scatter([row["loss_after"]], [place], color=COLOURS["good" if row["good"] else "bad"], s=55, zorder=3)
+        axes.set_yticks(range(len(rows)), [f"{row['what']} ({row['layout']})" for row in rows])
+        axes.invert_yaxis()
+        axes.set_xlabel("validation loss (nats a token): before (grey) and after")
+        axes.spines["left"].set_visible(False)
+
+    return pages.plot(draw, title="Validation loss before and after each step", height=0.5 * len(rows) + 0.8)
 
 
 def write_html(record: dict[str, Any], path: Path) -> None:
     """Writes the page: table and plot, no scripts, nothing loaded from elsewhere."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    plots = {theme: plot(record["rows"], theme) for theme in _COLOURS}
     rows = [{**row, "losses": _losses(row)} for row in record["rows"]]
-    path.write_text(environment.get_template(_TEMPLATE).render({**record, "rows": rows, "plots": plots}), encoding="utf-8")
+    pages.write_page("quickstart.html.j2", path, **{**record, "rows": rows, "drawing": plot(record["rows"])})

@@ -21,8 +21,9 @@ ALLOWED = {
     "cpu": {"errors", "device"},
     "parallel": FOUNDATION | {"models"},
     **dict.fromkeys(TOOLS, FOUNDATION | TOOLS),
-    **dict.fromkeys({"quantize", "prune", "distill"}, FOUNDATION | TOOLS),
-    "api": FOUNDATION | TOOLS | {"quantize", "prune", "distill"},
+    "pages": set(),
+    **dict.fromkeys({"quantize", "prune", "distill"}, FOUNDATION | TOOLS | {"pages"}),
+    "api": FOUNDATION | TOOLS | {"quantize", "prune", "distill", "pages"},
     "launch": FOUNDATION,
 }
 
