@@ -11,30 +11,13 @@ from typing import Any, Self
 
 from nemo_opt.errors import ConfigError
 from nemo_opt.models.config import ModelConfig
-from nemo_opt.prune.footprint import METRICS
+from nemo_opt.prune.footprint import METRICS, footprint
+from nemo_opt.prune.space import SearchSpace
 
-__all__ = ["PruningConfig", "SearchSpace"]
+__all__ = ["PruningConfig"]
 
 _SIZES = ("ffn_hidden_size", "hidden_size", "num_attention_heads", "num_query_groups", "num_layers", "num_moe_experts")
 _MAMBA = ("target_mamba_num_heads", "target_mamba_head_dim")
-_SEARCHED = ("ffn_hidden_size", "hidden_size", "num_attention_heads", "num_query_groups", "num_layers", "num_moe_experts")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchSpace:
-    """What a search by parameters or memory looks at; ModelOpt's defaults."""
-
-    max_width_pruning: float = 0.40
-    """Largest share of a width that may go."""
-    max_depth_pruning: float = 0.20
-    """Largest share of the layers that may go."""
-    hparams_to_skip: tuple[str, ...] = ()
-    """Sizes that stay as they are."""
-    top_k: int = 10
-    """Candidates that are scored."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "hparams_to_skip", _hparams(self.hparams_to_skip))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +52,7 @@ class PruningConfig:
     """What a search looks at."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "search", _search_space(self.search))
+        object.__setattr__(self, "search", SearchSpace.from_any(self.search))
         sizes = {name: value for name in (*(f"target_{size}" for size in _SIZES), *_MAMBA) if (value := getattr(self, name)) is not None}
         if self.drop_layers is not None:
             object.__setattr__(self, "drop_layers", _layer_numbers(self.drop_layers))
@@ -118,14 +101,17 @@ class PruningConfig:
             ConfigError: naming the setting, the model's size and the nearest valid values.
 
         """
-        self.pruned(model, tp=tp, ep=ep)
+        if self.limits:
+            self._check_limits(model)
+        else:
+            self.pruned(model, tp=tp, ep=ep)
 
     def pruned(self, model: ModelConfig, *, tp: int = 1, ep: int = 1) -> ModelConfig:
-        """The sizes of `model` after pruning; raises as `check_against` does."""
+        """The sizes of `model` after pruning; raises as `check_against` does. Not for limits: their sizes are found by a search."""
         if self.drop_layers is not None:
             self._check_layers(model.num_layers)
             return model.with_(num_layers=model.num_layers - len(self.drop_layers))
-        if not self.targets and not self.limits:
+        if not self.targets:
             raise ConfigError("nothing to prune: give at least one target_* size, or drop_layers")
         if self.target_num_moe_experts is not None and model.num_moe_experts is None:
             raise ConfigError(f"target_num_moe_experts {self.target_num_moe_experts} is for mixtures of experts; the model is dense")
@@ -144,6 +130,12 @@ class PruningConfig:
             raise ConfigError(f"drop_layers {wrong} out of range: the model has layers 1..{num_layers}")
         if len(self.drop_layers) == num_layers:
             raise ConfigError(f"drop_layers names all {num_layers} layers: keep at least one")
+
+    def _check_limits(self, model: ModelConfig) -> None:
+        whole = footprint(model, sequence_length=self.search.seq_length, batch_size=self.search.batch_size)
+        if all(whole[name] <= limit for name, limit in self.limits.items()):
+            have = ", ".join(f"{name} {whole[name]:,.10g} <= {limit:,.10g}" for name, limit in self.limits.items())
+            raise ConfigError(f"nothing to prune: the model is within the limits already ({have})")
 
     def _check_sizes(self, model: ModelConfig, tp: int, ep: int) -> None:
         size_of = model.to_dict()
@@ -206,26 +198,6 @@ def _layer_numbers(layers: Any) -> tuple[int, ...]:
     if len(set(numbers)) != len(numbers):
         raise ConfigError(f"drop_layers {numbers} names a layer twice")
     return tuple(sorted(numbers))
-
-
-def _search_space(values: Any) -> SearchSpace:
-    if isinstance(values, SearchSpace):
-        return values
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"search is read from a SearchSpace or a mapping, got {type(values).__name__}")
-    known = [f.name for f in fields(SearchSpace)]
-    if unknown := sorted(set(map(str, values)) - set(known)):
-        raise ConfigError(f"unknown search settings {unknown}; known are {known}")
-    return SearchSpace(**values)
-
-
-def _hparams(names: Any) -> tuple[str, ...]:
-    if isinstance(names, str) or not isinstance(names, Iterable):
-        raise ConfigError(f"hparams_to_skip must be a list of sizes, got {names!r}")
-    kept = tuple(names)
-    if unknown := [name for name in kept if name not in _SEARCHED]:
-        raise ConfigError(f"hparams_to_skip {unknown} are not searched; those are {list(_SEARCHED)}")
-    return kept
 
 
 def _is_positive_number(value: Any) -> bool:

@@ -6,6 +6,8 @@ from omegaconf import OmegaConf
 from nemo_opt.errors import ConfigError
 from nemo_opt.models.config import preset
 from nemo_opt.prune.config import PruningConfig
+from nemo_opt.prune.footprint import parameters
+from nemo_opt.prune.space import SearchSpace
 
 TINY = preset("tiny")  # 4 layers, hidden 128, ffn 256, 8 heads in 4 groups
 
@@ -133,3 +135,74 @@ def test_accepted_heads_and_named_ones_are_valid(heads, groups, per_group):
     named = {int(n) for n in str(caught.value).rpartition("nearest: ")[2].split(" or ")}
     assert named <= valid
     assert min(abs(heads - n) for n in named) == min(abs(heads - n) for n in valid)
+
+
+@pytest.mark.parametrize("limit", ["params", "active_params", "memory_mb"])
+def test_limits_exclude_sizes_and_layers(limit):
+    config = PruningConfig(**{f"target_{limit}": 1.5e3})
+    assert (config.limits, config.targets, config.drop_layers) == ({limit: 1.5e3}, {}, None)
+    with pytest.raises(ConfigError, match="target_num_layers"):
+        PruningConfig(**{f"target_{limit}": 1e6}, target_num_layers=2)
+    with pytest.raises(ConfigError, match="drop_layers cannot be used with other pruning parameters"):
+        PruningConfig(**{f"target_{limit}": 1e6}, drop_layers=[1])
+
+
+def test_limits_combine():
+    config = PruningConfig(target_memory_mb=2, target_params=7)
+    assert config.limits == {"params": 7, "memory_mb": 2}
+    assert PruningConfig().limits == {}
+
+
+@pytest.mark.parametrize("value", [0, -1.0, "6e9", True, float("nan")])
+def test_limits_are_positive_numbers(value):
+    with pytest.raises(ConfigError, match="target_params must be a positive number"):
+        PruningConfig(target_params=value)
+
+
+def test_a_model_within_the_limits_is_refused():
+    whole = parameters(TINY)
+    PruningConfig(target_params=whole - 1).check_against(TINY)
+    PruningConfig(target_params=whole, target_memory_mb=0.1).check_against(TINY)
+    with pytest.raises(ConfigError, match=rf"within the limits already \(params {whole:,} <= {whole:,}\)"):
+        PruningConfig(target_params=whole).check_against(TINY)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"max_width_pruning": 0}, "max_width_pruning must be a share"),
+        ({"max_depth_pruning": 1.1}, "max_depth_pruning must be a share"),
+        ({"top_k": 0}, "top_k must be a positive integer"),
+        ({"seq_length": 1.5}, "seq_length must be"),
+        ({"batch_size": -1}, "batch_size must be"),
+        ({"hidden_size_divisor": 0}, "hidden_size_divisor must be"),
+        ({"ffn_hidden_size_divisor": 0}, "ffn_hidden_size_divisor must be"),
+        ({"num_layers_divisor": 0}, "num_layers_divisor must be"),
+        ({"hparams_to_skip": "hidden_size"}, "must be a list of sizes"),
+        ({"hparams_to_skip": 3}, "must be a list of sizes"),
+        ({"hparams_to_skip": ["vocab_size"]}, r"\['vocab_size'\] are not searched; those are \['hidden_size'"),
+        ({"divisor": 1}, r"unknown search settings \['divisor'\]; known are \['max_width_pruning'"),
+        (3, "a SearchSpace or a mapping, got int"),
+    ],
+)
+def test_bad_search_spaces_are_refused(settings, match):
+    with pytest.raises(ConfigError, match=match):
+        PruningConfig(search=settings)
+
+
+def test_search_spaces_are_read_from_mappings():
+    settings = {"target_params": 5, "search": {"top_k": 3, "hparams_to_skip": ["num_layers"], "max_width_pruning": 1}}
+    config = PruningConfig.from_any(OmegaConf.create(settings))
+    assert config.search == SearchSpace(top_k=3, hparams_to_skip=("num_layers",), max_width_pruning=1)
+    assert PruningConfig().search == SearchSpace()
+
+
+def test_defaults_of_the_search_are_modelopts():
+    import nemo_opt._stack
+
+    from modelopt.torch.prune.plugins.mcore_minitron import MCoreMinitronSearcher
+
+    theirs = MCoreMinitronSearcher().default_search_config
+    ours = SearchSpace()
+    for name in ("max_width_pruning", "max_depth_pruning", "top_k", "seq_length", "batch_size"):
+        assert getattr(ours, name) == theirs[name]
