@@ -13,7 +13,7 @@ def pytest_pycollect_makemodule(module_path):
     """
     source = module_path.read_bytes()
     if b"megatron" in source or b"modelopt" in source:
-        import nemo_opt._stack  # noqa: F401
+        import nemo_opt._stack
     if b"pytest.mark.ranks" in source:
         rank_pools.prepare()
 
