@@ -9,6 +9,7 @@ Decisions:
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import nemo_opt._stack
@@ -30,7 +31,7 @@ from nemo_opt.models.init import seeded_init
 from nemo_opt.models.sizes import CONFIG_ATTRIBUTE, Spec, check_vocabulary, model_config_of, spec_of, unwrap
 from nemo_opt.parallel import Topology
 
-__all__ = ["Spec", "build_model", "check_vocabulary", "model_config_of", "spec_of", "transformer_config", "unwrap"]
+__all__ = ["Spec", "build_model", "check_vocabulary", "model_config_of", "rebuilt", "spec_of", "transformer_config", "unwrap"]
 
 
 def build_model(
@@ -130,6 +131,38 @@ def transformer_config(
     if config.num_moe_experts is not None:
         settings |= _moe_settings(config, spec)
     return TransformerConfig(**(settings | overrides))
+
+
+def rebuilt(gpt_model: GPTModel, layers: Sequence[int]) -> GPTModel:
+    """A new model like `gpt_model`, at the sizes that its configuration has been changed to, with weights that are not yet written.
+
+    Args:
+        gpt_model: The model, unwrapped; the only chunk of this rank. Its configuration object is shared with the new one.
+        layers: Which of its layers on this rank, from 0, the new one's layers follow (their spec).
+
+    """
+    spec = gpt_model.transformer_layer_spec
+    if isinstance(spec, TransformerBlockSubmodules):
+        spec = dataclasses.replace(spec, layer_specs=[spec.layer_specs[index] for index in layers])
+    with _without_deprecation_notice():
+        new = type(gpt_model)(
+            gpt_model.config,
+            spec,
+            vocab_size=gpt_model.vocab_size,
+            max_sequence_length=gpt_model.max_sequence_length,
+            pre_process=gpt_model.pre_process,
+            post_process=gpt_model.post_process,
+            fp16_lm_cross_entropy=gpt_model.fp16_lm_cross_entropy,
+            parallel_output=gpt_model.parallel_output,
+            share_embeddings_and_output_weights=gpt_model.share_embeddings_and_output_weights,
+            position_embedding_type=gpt_model.position_embedding_type,
+            rotary_percent=gpt_model.rotary_percent,
+            rotary_base=gpt_model.rotary_base,
+            pg_collection=gpt_model.pg_collection,
+        )
+    # carried over with its frequencies, which no pruned size changes
+    new.rotary_pos_emb, new.rotary_scaling = gpt_model.rotary_pos_emb, gpt_model.rotary_scaling
+    return new.to(local_device())
 
 
 def _build_chunk(config: ModelConfig, mcore_config: TransformerConfig, spec: Spec, vp_stage: int | None) -> GPTModel:

@@ -18,8 +18,9 @@ from nemo_opt.errors import ConfigError, DataError
 from nemo_opt.models.build import model_config_of, unwrap
 from nemo_opt.parallel import Topology, current_topology
 from nemo_opt.prune.config import PruningConfig
-from nemo_opt.prune.minitron import check_layout, prune_to
-from nemo_opt.prune.stages import drop_layers
+from nemo_opt.prune.importance import ImportanceScores, measure_importance
+from nemo_opt.prune.selection import Kept, keep_layers, select
+from nemo_opt.prune.slicing import slice_model
 from nemo_opt.training.forward import Batch, ForwardLoop, forward_loop
 
 __all__ = ["PruningData", "TrainData", "prune_language_model", "save_pruned_model"]
@@ -36,20 +37,30 @@ PruningData = ForwardLoop | Iterable[Batch] | TrainData
 """What importance is measured on: a forward loop `f(model)`, micro-batches, or a data module."""
 
 
-def prune_language_model(model: Any, pruning_config: Any, data_module: PruningData | None = None, trainer: Any = None) -> Any:
-    """Prune `model` in place; collective.
+def prune_language_model(
+    model: Any,
+    pruning_config: Any,
+    data_module: PruningData | None = None,
+    trainer: Any = None,
+    *,
+    scores: ImportanceScores | Path | str | None = None,
+    save_scores: Path | str | None = None,
+) -> Any:
+    """Prune `model` in place, on any layout without virtual stages; collective.
 
     Args:
         model: a GPTModel, wrapped (DDP, Float16Module) or not, or a list that holds one.
         pruning_config: a `PruningConfig`, a mapping or an OmegaConf node.
-        data_module: what importance is measured on; not needed to drop layers by number.
+        data_module: what importance is measured on; not needed with `scores`, or to drop layers by number.
         trainer: only its `limit_val_batches` (a number of batches), as in NeMo; None uses all data.
+        scores: importance that was measured before, at this layout or another one, or the file it was saved to: no data is read then.
+        save_scores: file to save the scores to.
 
     Returns:
-        the model that was passed. Parameters are new objects: build optimizers and DDP after pruning.
+        the model that was passed. Its submodules and parameters are new objects: build optimizers and DDP after pruning.
 
     Raises:
-        ConfigError: for settings, sizes or a layout that cannot be pruned; nothing has been changed then.
+        ConfigError: for settings, sizes or a layout that cannot be pruned, or scores of another model; nothing has been changed then.
         DataError: if there is no data.
 
     """
@@ -57,14 +68,40 @@ def prune_language_model(model: Any, pruning_config: Any, data_module: PruningDa
     gpt_model = unwrap(model)
     if mto.ModeloptStateManager.is_converted(gpt_model):
         raise ConfigError("the model is already converted by ModelOpt (quantized or distilled): prune it before that")
-    config.check_against(model_config_of(gpt_model))
+    _check_one_chunk(gpt_model)
+    if config.limits:
+        raise ConfigError(
+            f"limits on {sorted(config.limits)} are met by a search (nemo_opt.prune.search): prune to the sizes that it finds"
+        )
+    sizes, layout = model_config_of(gpt_model), gpt_model.config
+    config.check_against(sizes, tp=layout.tensor_model_parallel_size, ep=layout.expert_model_parallel_size)
     if config.drop_layers is not None:
-        _check_one_chunk(gpt_model)
-        drop_layers(gpt_model, config.drop_layers)
-        return model
-    check_layout(gpt_model)
-    prune_to(gpt_model, config.targets, _forward_loop(data_module, trainer))
+        if scores is not None or save_scores is not None:
+            raise ConfigError("drop_layers names the layers, so nothing is measured: leave scores and save_scores out")
+        kept = keep_layers(sizes, config.drop_layers)
+    else:
+        kept = _most_important(gpt_model, config, data_module, trainer, scores, save_scores)
+    slice_model(gpt_model, kept)
     return model
+
+
+def _most_important(
+    gpt_model: Any,
+    config: PruningConfig,
+    data_module: PruningData | None,
+    trainer: Any,
+    scores: ImportanceScores | Path | str | None,
+    save_scores: Path | str | None,
+) -> Kept:
+    sizes = model_config_of(gpt_model)
+    if scores is None:
+        scores = measure_importance(gpt_model, _forward_loop(data_module, trainer))
+    elif not isinstance(scores, ImportanceScores):
+        scores = ImportanceScores.load(scores, model=sizes)
+    scores.check_model(sizes)
+    if save_scores is not None:
+        scores.save(save_scores)
+    return select(scores, config.targets)
 
 
 def save_pruned_model(
@@ -108,12 +145,12 @@ def save_pruned_model(
 
 def _check_one_chunk(gpt_model: Any) -> None:
     if gpt_model.config.virtual_pipeline_model_parallel_size is not None:
-        raise ConfigError("drop_layers is not supported yet with an interleaved pipeline (vp > 1): load the checkpoint at vp=1")
+        raise ConfigError("pruning needs one model chunk a rank, this pipeline is interleaved (vp > 1): load the checkpoint at vp=1")
 
 
 def _forward_loop(data: PruningData | None, trainer: Any) -> Callable[[torch.nn.Module], None]:
     if data is None:
-        raise DataError("importance is measured on data: pass data_module (a forward loop, micro-batches, or a data module)")
+        raise DataError("importance is measured on data: pass data_module (a forward loop, micro-batches, or a data module), or scores")
     if hasattr(data, "train_dataloader"):
         data = data.train_dataloader()
     if not isinstance(data, Iterable):

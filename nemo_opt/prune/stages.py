@@ -1,15 +1,9 @@
-"""Dropping layers by number on any tensor and pipeline layout, and an honest account of what each pipeline stage holds afterwards.
+"""What a model's configuration says after pruning: its sizes, and an honest account of what each pipeline stage holds.
 
-ModelOpt drops and renumbers layers, but Megatron-Core computes where a stage's layers begin from the configuration, as if all stages
-held equally many; a checkpoint saved after an uneven drop would then carry wrong names. So the configuration is told the layout that came
-about.
+Megatron-Core computes where a stage's layers begin from the configuration, as if all stages held equally many; a checkpoint saved after
+layers went unevenly would then carry wrong names. So the configuration is told the layout that came about.
 """
 
-import io
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
-from types import ModuleType
 from typing import Any
 
 import nemo_opt._stack
@@ -18,59 +12,46 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
-from nemo_opt.errors import ConfigError
+from nemo_opt.models.config import ModelConfig
+from nemo_opt.prune.selection import Kept
 
-__all__ = ["drop_layers", "minitron_plugin", "record_stage_layers", "upstream_output_to_log"]
-
-_log = logging.getLogger(__name__)
-
-
-def minitron_plugin() -> ModuleType:
-    """ModelOpt's pruning plugin, which imports Transformer Engine; raises `ConfigError` where there is none."""
-    try:
-        from modelopt.torch.prune.plugins import mcore_minitron
-    except ImportError as error:
-        raise ConfigError(f"ModelOpt prunes only where Transformer Engine is installed ({error}): install nemo_opt[te]") from error
-    return mcore_minitron
+__all__ = ["record_sizes"]
 
 
-@contextmanager
-def upstream_output_to_log() -> Iterator[None]:
-    """What ModelOpt prints (tables, scores) goes to this module's logger, at level INFO, also when it fails."""
-    printed = io.StringIO()
-    try:
-        with redirect_stdout(printed):
-            yield
-    finally:
-        if printed.getvalue().strip():
-            _log.info(printed.getvalue())
-
-
-def drop_layers(gpt_model: Any, layers: tuple[int, ...]) -> None:
-    """Drop `layers` (counted from 1 over the whole model) in place; collective.
+def record_sizes(config: Any, kept: Kept, model: ModelConfig, *, layers_here: int) -> None:
+    """Write the sizes after pruning into Megatron-Core's configuration of a model; collective.
 
     Args:
-        gpt_model: an unwrapped GPTModel, this rank's only chunk.
-        layers: valid layer numbers, not all of them.
+        config: its TransformerConfig, changed in place: wrappers of the model hold the same object.
+        kept: what stays.
+        model: the sizes before.
+        layers_here: how many of the layers that stay are on this rank.
 
     """
-    with upstream_output_to_log():
-        minitron_plugin().drop_mcore_language_model_layers(gpt_model, layers_to_drop=list(layers))
-    record_stage_layers(gpt_model)
+    layer = next(iter(kept.layers.values()))
+    config.num_layers = len(kept.layers)
+    config.hidden_size = len(kept.hidden)
+    config.num_attention_heads = len(layer.heads)
+    config.num_query_groups = len(layer.groups)
+    config.kv_channels = model.head_dim
+    config.ffn_hidden_size = len(layer.ffn[0])
+    if layer.experts is not None:
+        config.moe_ffn_hidden_size = len(layer.ffn[0])
+        config.num_moe_experts = len(layer.experts)
+    for name in ("moe_layer_freq", "linear_attention_freq"):
+        if isinstance(pattern := getattr(config, name, None), list | tuple):
+            setattr(config, name, [pattern[number - 1] for number in kept.layers])
+    _record_stages(config, layers_here)
 
 
-def record_stage_layers(gpt_model: Any) -> list[int]:
-    """Write into the model's configuration how many layers each pipeline stage holds; returns these numbers. Collective."""
-    config, block = gpt_model.config, gpt_model.decoder
-    block.num_layers_per_pipeline_rank = len(block.layers)
+def _record_stages(config: Any, layers_here: int) -> None:
     counts = [0] * config.pipeline_model_parallel_size
     if len(counts) == 1:
-        return [len(block.layers)]
-    dist.all_gather_object(counts, len(block.layers), group=parallel_state.get_pipeline_model_parallel_group())
+        return
+    dist.all_gather_object(counts, layers_here, group=parallel_state.get_pipeline_model_parallel_group())
     rows = [["decoder"] * count for count in counts]
     rows[0].insert(0, "embedding")
     rows[-1].append("loss")
     config.num_layers_in_first_pipeline_stage = None
     config.num_layers_in_last_pipeline_stage = None
     config.pipeline_model_parallel_layout = PipelineParallelLayerLayout(rows, config.pipeline_model_parallel_size)
-    return counts

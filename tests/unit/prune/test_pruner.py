@@ -1,4 +1,4 @@
-"""Every branch of prune_language_model with ModelOpt replaced: what is refused, in which order, and what is passed on."""
+"""Every branch of prune_language_model with the work replaced: what is refused, in which order, and what is passed on."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +10,7 @@ from nemo_opt.errors import ConfigError, DataError
 from nemo_opt.models.config import preset
 from nemo_opt.parallel import Topology
 from nemo_opt.prune.config import PruningConfig
+from nemo_opt.prune.importance import ImportanceScores
 from nemo_opt.prune.pruner import prune_language_model, save_pruned_model
 
 HERE = "nemo_opt.prune.pruner"
@@ -19,14 +20,18 @@ HERE = "nemo_opt.prune.pruner"
 def patched():
     """A tiny model that is only announced; what would be done to it is recorded."""
     gpt_model = MagicMock()
-    gpt_model.config.virtual_pipeline_model_parallel_size = None
+    gpt_model.config = SimpleNamespace(
+        virtual_pipeline_model_parallel_size=None, tensor_model_parallel_size=1, expert_model_parallel_size=1
+    )
+    scores = MagicMock(spec=ImportanceScores)
     with (
         patch(f"{HERE}.unwrap", return_value=gpt_model),
         patch(f"{HERE}.mto.ModeloptStateManager.is_converted", return_value=False) as is_converted,
         patch(f"{HERE}.model_config_of", return_value=preset("tiny")),
-        patch(f"{HERE}.drop_layers") as drop_layers,
-        patch(f"{HERE}.check_layout") as check_layout,
-        patch(f"{HERE}.prune_to") as prune_to,
+        patch(f"{HERE}.measure_importance", return_value=scores) as measure,
+        patch(f"{HERE}.select", return_value="selected") as select,
+        patch(f"{HERE}.keep_layers", return_value="all but some") as keep_layers,
+        patch(f"{HERE}.slice_model") as slice_model,
         patch(f"{HERE}.forward_loop", side_effect=lambda batches, description: list(batches)) as forward_loop,
         patch(f"{HERE}.save_checkpoint") as save_checkpoint,
     ):
@@ -34,30 +39,80 @@ def patched():
 
 
 def untouched(patched):
-    return not (patched.drop_layers.called or patched.prune_to.called or patched.forward_loop.called)
+    return not (patched.slice_model.called or patched.measure.called or patched.forward_loop.called)
 
 
 def test_layers_are_dropped_without_data(patched):
     model = object()
     assert prune_language_model(model, PruningConfig(drop_layers=[2])) is model
-    patched.drop_layers.assert_called_once_with(patched.gpt_model, (2,))
-    patched.check_layout.assert_not_called()
+    patched.keep_layers.assert_called_once_with(preset("tiny"), (2,))
+    patched.slice_model.assert_called_once_with(patched.gpt_model, "all but some")
+    patched.measure.assert_not_called()
 
 
-def test_interleaved_pipelines_are_refused_for_dropping(patched):
-    patched.gpt_model.config.virtual_pipeline_model_parallel_size = 2
-    with pytest.raises(ConfigError, match="vp=1"):
-        prune_language_model(object(), PruningConfig(drop_layers=[2]))
+@pytest.mark.parametrize("scores", [{"scores": "file"}, {"save_scores": "file"}])
+def test_scores_are_refused_where_layers_are_named(patched, scores):
+    with pytest.raises(ConfigError, match="nothing is measured"):
+        prune_language_model(object(), PruningConfig(drop_layers=[2]), **scores)
     assert untouched(patched)
 
 
-def test_forward_loop_is_passed_on_as_it_is(patched):
+@pytest.mark.parametrize("config", [{"drop_layers": [2]}, {"target_num_layers": 2}])
+def test_interleaved_pipelines_are_refused(patched, config):
+    patched.gpt_model.config.virtual_pipeline_model_parallel_size = 2
+    with pytest.raises(ConfigError, match="vp=1"):
+        prune_language_model(object(), config, [1])
+    assert untouched(patched)
+
+
+def test_limits_are_refused_with_the_remedy(patched):
+    with pytest.raises(ConfigError, match=r"limits on \['params'\].*search"):
+        prune_language_model(object(), {"target_params": 1000.0}, [1])
+    assert untouched(patched)
+
+
+@pytest.mark.parametrize(("axis", "config", "named"), [("tensor", {"target_ffn_hidden_size": 65}, "tp 2; nearest: 64 or 66")])
+def test_sizes_that_ranks_cannot_share_are_refused(patched, axis, config, named):
+    setattr(patched.gpt_model.config, f"{axis}_model_parallel_size", 2)
+    with pytest.raises(ConfigError, match=named):
+        prune_language_model(object(), config, [1])
+    assert untouched(patched)
+
+
+def test_forward_loop_is_passed_on_and_what_is_best_stays(patched):
     def loop(model):
-        raise AssertionError("ModelOpt calls it, nobody else")
+        raise AssertionError("measuring calls it, nobody else")
 
     model = object()
     assert prune_language_model(model, {"target_hidden_size": 64}, loop) is model
-    patched.prune_to.assert_called_once_with(patched.gpt_model, {"hidden_size": 64}, loop)
+    patched.measure.assert_called_once_with(patched.gpt_model, loop)
+    patched.scores.check_model.assert_called_once_with(preset("tiny"))
+    patched.select.assert_called_once_with(patched.scores, {"hidden_size": 64})
+    patched.slice_model.assert_called_once_with(patched.gpt_model, "selected")
+    patched.scores.save.assert_not_called()
+
+
+def test_scores_replace_data_and_measuring(patched):
+    given = MagicMock(spec=ImportanceScores)
+    prune_language_model(object(), {"target_hidden_size": 64}, scores=given, save_scores="again")
+    patched.measure.assert_not_called()
+    patched.forward_loop.assert_not_called()
+    patched.select.assert_called_once_with(given, {"hidden_size": 64})
+    given.save.assert_called_once_with("again")
+
+
+def test_scores_are_read_from_a_file_and_checked(patched):
+    with patch.object(ImportanceScores, "load", return_value=patched.scores) as load:
+        patched.scores.check_model.side_effect = ConfigError("another model")
+        with pytest.raises(ConfigError, match="another model"):
+            prune_language_model(object(), {"target_hidden_size": 64}, scores="file")
+    load.assert_called_once_with("file", model=preset("tiny"))
+    assert untouched(patched)
+
+
+def test_scores_are_saved(patched):
+    prune_language_model(object(), {"target_hidden_size": 64}, [1], save_scores="file")
+    patched.scores.save.assert_called_once_with("file")
 
 
 @pytest.mark.parametrize("as_module", [False, True])
@@ -66,7 +121,7 @@ def test_batches_come_from_iterables_and_data_modules(patched, as_module, limit,
     data = SimpleNamespace(train_dataloader=lambda: iter([1, 2, 3])) if as_module else [1, 2, 3]
     trainer = None if limit is None else SimpleNamespace(limit_val_batches=limit)
     prune_language_model(object(), PruningConfig(target_num_layers=2), data, trainer)
-    patched.prune_to.assert_called_once_with(patched.gpt_model, {"num_layers": 2}, used)
+    patched.measure.assert_called_once_with(patched.gpt_model, used)
 
 
 @pytest.mark.parametrize("limit", [0, -1, 1.0, True, "2"])
@@ -82,17 +137,9 @@ def test_no_data_is_refused(patched):
     assert untouched(patched)
 
 
-def test_unreachable_target_is_refused_before_layout_and_data(patched):
+def test_unreachable_target_is_refused_before_data(patched):
     with pytest.raises(ConfigError, match="nearest: 128"):
         prune_language_model(object(), PruningConfig(target_hidden_size=4096))
-    patched.check_layout.assert_not_called()
-    assert untouched(patched)
-
-
-def test_layout_is_refused_before_data(patched):
-    patched.check_layout.side_effect = ConfigError("tp")
-    with pytest.raises(ConfigError, match="tp"):
-        prune_language_model(object(), PruningConfig(target_hidden_size=64))
     assert untouched(patched)
 
 
