@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
-    from nemo_opt.api.compress import prune, ptq
+    from nemo_opt.api.compress import ptq
     from nemo_opt.api.convert import export_ckpt, import_ckpt
     from nemo_opt.api.corpus import builtin_corpus, data_config
     from nemo_opt.api.distillation import distill
     from nemo_opt.api.measure import evaluate
     from nemo_opt.api.pretrain import train
+    from nemo_opt.api.pruning import prune
     from nemo_opt.api.results import DistillResult, EvalResult, ExportResult, ImportResult, PruneResult, PtqResult, Result, TrainResult
 
 __all__ = [
@@ -40,12 +41,13 @@ __all__ = [
 __getattr__, __dir__, _ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "compress": ["prune", "ptq"],
+        "compress": ["ptq"],
         "convert": ["export_ckpt", "import_ckpt"],
         "corpus": ["builtin_corpus", "data_config"],
         "distillation": ["distill"],
         "measure": ["evaluate"],
         "pretrain": ["train"],
+        "pruning": ["prune"],
         "results": ["DistillResult", "EvalResult", "ExportResult", "ImportResult", "PruneResult", "PtqResult", "Result", "TrainResult"],
     },
 )

@@ -201,6 +201,9 @@ def check_prune(
     data: "DataConfig | None" = None,
     tokenizer: str | None = None,
     num_train_samples: int = 1024,
+    scores: str | None = None,
+    save_scores: str | None = None,
+    report: str | None = None,
     eval_batches: int = 8,
     overwrite: bool = False,
     **_: Any,
@@ -208,22 +211,53 @@ def check_prune(
     """Checks the settings of `nemo_opt.api.prune`."""
     check_output(output, overwrite=overwrite)
     info = checkpoint_info(checkpoint)
-    drops = bool(pruning.drop_layers)
-    if not drops and data is None:
-        raise ConfigError("pruning to target sizes measures importance on data, but none is given: name data, or drop layers by number")
-    if not drops and topology.tp > 1:
-        raise ConfigError(f"tp {topology.tp}: pruning to target sizes needs tp 1 (use pp); only drop_layers works with tensor parallelism")
-    if not drops and topology.pp != world_size:
-        raise ConfigError(f"pp {topology.pp} != {world_size} ranks: pruning to target sizes needs every rank to be one pipeline stage")
-    pruning.check_against(info.model)
+    if info.has_modelopt_state:
+        raise ConfigError(f"checkpoint {checkpoint} is quantised or converted by ModelOpt: prune the original, and quantise that")
+    pruning.check_against(info.model, tp=topology.tp, ep=topology.ep)
     _check_not_interleaved(topology, "pruning")
     resolved = _check_layout(topology, world_size, info.model, data.seq_length if data else None)
+    _check_importance(pruning, data, scores, save_scores, report)
+    if pruning.limits:
+        _check_data(data, eval_batches)
+        _check_search(pruning, info.model, topology, eval_batches)
     if data is not None:
         tokenizer_directory(info, tokenizer)
         if num_train_samples % data.micro_batch_size:
             raise ConfigError(f"num_train_samples {num_train_samples} % micro_batch_size {data.micro_batch_size} != 0")
         _check_samples("num_train_samples", num_train_samples, data.micro_batch_size, resolved)
     _check_data(data, eval_batches if data is not None else 0)
+
+
+def _check_importance(
+    pruning: "PruningConfig", data: "DataConfig | None", scores: str | None, save_scores: str | None, report: str | None
+) -> None:
+    """Where importance comes from, where it is saved to, and whether a report of it can be written."""
+    if pruning.drop_layers is not None and (scores or save_scores):
+        raise ConfigError("layers that are dropped by number need no importance: leave scores and save_scores out")
+    if pruning.drop_layers is None and data is None and scores is None:
+        raise ConfigError(
+            "pruning to target sizes measures importance on data, but none is given: name data or saved scores, or drop layers by number"
+        )
+    if scores is not None and not Path(scores).is_file():
+        raise CheckpointError(f"importance scores {scores} do not exist: name a file that save_scores has written")
+    for name, path in (("save_scores", save_scores), ("report", report)):
+        if path is not None and Path(path).is_dir():
+            raise ConfigError(f"{name} {path} is a directory: name a file")
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise ConfigError(f"{name} {path}: the directory {Path(path).absolute().parent} does not exist: make it, or name another")
+    if report is not None:
+        from nemo_opt.pages import can_plot
+
+        if not can_plot():
+            raise ConfigError("a report draws plots with matplotlib, which is not installed: install nemo_opt[plots]")
+
+
+def _check_search(pruning: "PruningConfig", model: "ModelConfig", topology: Topology, eval_batches: int) -> None:
+    from nemo_opt.prune.candidates import candidates
+
+    if not eval_batches:
+        raise ConfigError("a search scores its candidates by validation loss, but eval_batches is 0: give at least 1")
+    candidates(model, pruning, tp=topology.tp, ep=topology.ep)
 
 
 def check_distill(

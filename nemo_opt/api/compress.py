@@ -1,4 +1,4 @@
-"""ptq() and prune(): from one checkpoint to a smaller one, with the validation loss before and after on the same batches."""
+"""ptq(): from a checkpoint to a quantised one, with the validation loss before and after on the same batches."""
 
 from typing import Any
 
@@ -8,20 +8,18 @@ import torch.distributed as dist
 from modelopt.torch.quantization.nn import TensorQuantizer
 
 from nemo_opt.api import checks
-from nemo_opt.api._session import Feed, count_parameters, directory_bytes, open_feed, session, world_size
-from nemo_opt.api.results import PruneResult, PtqResult
+from nemo_opt.api._session import directory_bytes, open_feed, session, world_size
+from nemo_opt.api.results import PtqResult
 from nemo_opt.checkpoint.info import read_info
 from nemo_opt.checkpoint.load import restore_model
 from nemo_opt.data.config import DataConfig
-from nemo_opt.models.build import Spec, model_config_of, unwrap
+from nemo_opt.models.build import Spec, unwrap
 from nemo_opt.parallel import Topology
-from nemo_opt.prune.config import PruningConfig
-from nemo_opt.prune.pruner import prune_language_model, save_pruned_model
 from nemo_opt.quantize.calibration import calibration_loop
 from nemo_opt.quantize.config import ExportConfig, QuantizationConfig
 from nemo_opt.quantize.quantizer import Quantizer
 
-__all__ = ["prune", "ptq"]
+__all__ = ["ptq"]
 
 
 def ptq(
@@ -79,72 +77,6 @@ def ptq(
             quantizers=_count_quantizers(chunks),
             bytes_before=directory_bytes(checkpoint),
             bytes_after=directory_bytes(path),
-        )
-
-
-def prune(
-    *,
-    checkpoint: str,
-    output: str,
-    pruning: PruningConfig,
-    topology: Topology,
-    data: DataConfig | None = None,
-    tokenizer: str | None = None,
-    num_train_samples: int = 1024,
-    eval_batches: int = 8,
-    spec: Spec | None = None,
-    overwrite: bool = False,
-) -> PruneResult:
-    """Prunes a checkpoint to target sizes by importance, or drops layers by number. Collective.
-
-    Args:
-        checkpoint: The model.
-        output: Directory to write.
-        pruning: Target sizes, or layers to drop.
-        topology: The layout; target sizes need tp 1.
-        data: The text to measure importance and losses on; None only where layers are dropped by number.
-        tokenizer: Its directory; the checkpoint's own by default.
-        num_train_samples: Samples to measure importance on.
-        eval_batches: Validation micro-batches for the losses; 0 measures none.
-        spec: Layer spec, "te" or "local"; the device's default when None.
-        overwrite: Replace an existing output.
-
-    Raises:
-        NemoOptError: Bad settings, a damaged checkpoint or unsuitable data.
-
-    """
-    settings: dict[str, Any] = {"data": data, "tokenizer": tokenizer, "eval_batches": eval_batches, "overwrite": overwrite}
-    checks.check_prune(
-        checkpoint=checkpoint,
-        output=output,
-        pruning=pruning,
-        topology=topology,
-        world_size=world_size(),
-        num_train_samples=num_train_samples,
-        **settings,
-    )
-    info = read_info(checkpoint)
-    with session(topology, info.model) as job:
-        chunks, _ = restore_model(checkpoint, job.topology, spec=spec)
-        parameters_before = count_parameters(chunks)
-        feed: Feed | None = None
-        batches: list[Any] | None = None
-        if data is not None:
-            feed = open_feed(data, checks.tokenizer_directory(info, tokenizer), train_samples=num_train_samples, eval_batches=eval_batches)
-            batches = feed.some_train_batches(num_train_samples, data.micro_batch_size)
-        loss_before = feed.loss(chunks) if feed is not None else None
-        prune_language_model(chunks, pruning, None if pruning.drop_layers else batches)
-        loss_after = feed.loss(chunks) if feed is not None else None
-        tokenizer_dir = tokenizer or info.tokenizer_dir
-        save_pruned_model(chunks, output, topology=job.topology, tokenizer_dir=tokenizer_dir, overwrite=overwrite)
-        return PruneResult(
-            **job.facts(chunks),
-            path=output,
-            loss_before=loss_before,
-            loss_after=loss_after,
-            parameters_before=parameters_before,
-            model_before=info.model.to_dict(),
-            model_after=model_config_of(chunks).to_dict(),
         )
 
 

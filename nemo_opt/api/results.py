@@ -3,7 +3,7 @@
 Losses are mean cross-entropies in nats a token over the same validation batches; None means that none was measured. Loads no torch.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 __all__ = ["DistillResult", "EvalResult", "ExportResult", "ImportResult", "PruneResult", "PtqResult", "Result", "TrainResult"]
@@ -86,6 +86,12 @@ class PruneResult(Result):
     """Sizes of the source (`ModelConfig.to_dict`)."""
     model_after: dict[str, Any]
     """Sizes of the result."""
+    kept_layers: list[int] = field(default_factory=list)
+    """The layers that stayed, by their old numbers from 1."""
+    importance_tokens: int | None = None
+    """Tokens that importance was measured on; None where layers were dropped by number."""
+    search: dict[str, Any] | None = None
+    """Limits of a search, how many architectures are within them, and the candidates that were scored; None without one."""
 
 
 @dataclass(frozen=True, kw_only=True)

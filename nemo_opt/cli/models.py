@@ -14,6 +14,9 @@ from nemo_opt.errors import ConfigError
 __all__ = ["register"]
 
 _DATA = "Data"
+_SIZES = "Sizes to prune to"
+_SEARCH = "Search under limits"
+_IMPORTANCE = "Importance"
 
 Checkpoint = Annotated[Path, typer.Argument(help="Checkpoint directory.", show_default=False)]
 Output = Annotated[Path, typer.Argument(help="Directory to write.", show_default=False)]
@@ -52,6 +55,10 @@ def _check_spec(spec: str | None) -> str | None:
     if spec not in (None, "te", "local"):
         raise ConfigError(f"layer spec {spec!r} is unknown: give te or local")
     return spec
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def _run(command: str, layout: Layout, json: Path | None, **settings: Any) -> None:
@@ -201,18 +208,39 @@ def ptq(
 def prune(
     ckpt: Checkpoint,
     output: Output,
-    hidden_size: Annotated[
-        int | None, typer.Option("--hidden-size", help="Width of the residual stream.", rich_help_panel="Targets")
-    ] = None,
-    ffn_hidden_size: Annotated[int | None, typer.Option("--ffn-hidden-size", help="Width of the MLP.", rich_help_panel="Targets")] = None,
-    attention_heads: Annotated[int | None, typer.Option("--attention-heads", help="Query heads.", rich_help_panel="Targets")] = None,
-    query_groups: Annotated[int | None, typer.Option("--query-groups", help="Key/value heads.", rich_help_panel="Targets")] = None,
-    num_layers: Annotated[int | None, typer.Option("--num-layers", help="Decoder layers.", rich_help_panel="Targets")] = None,
+    hidden_size: Annotated[int | None, typer.Option("--hidden-size", help="Width of the residual stream.", rich_help_panel=_SIZES)] = None,
+    ffn_hidden_size: Annotated[int | None, typer.Option("--ffn-hidden-size", help="Width of the MLP.", rich_help_panel=_SIZES)] = None,
+    attention_heads: Annotated[int | None, typer.Option("--attention-heads", help="Query heads.", rich_help_panel=_SIZES)] = None,
+    query_groups: Annotated[int | None, typer.Option("--query-groups", help="Key/value heads.", rich_help_panel=_SIZES)] = None,
+    experts: Annotated[int | None, typer.Option("--experts", help="Experts of every layer.", rich_help_panel=_SIZES)] = None,
+    num_layers: Annotated[int | None, typer.Option("--num-layers", help="Decoder layers.", rich_help_panel=_SIZES)] = None,
     drop_layers: Annotated[
-        list[int] | None,
-        typer.Option("--drop-layer", help="Drop this layer (from 1); repeat. Excludes targets.", rich_help_panel="Targets"),
+        list[int] | None, typer.Option("--drop-layer", help="Drop this layer (from 1); repeat. Excludes targets.", rich_help_panel=_SIZES)
     ] = None,
-    samples: Annotated[int, typer.Option("--samples", help="Samples to measure importance on.", rich_help_panel=_DATA)] = 128,
+    target_params: Annotated[
+        float | None, typer.Option("--target-params", help="At most so many parameters (6e9 is allowed).", rich_help_panel=_SEARCH)
+    ] = None,
+    target_active_params: Annotated[
+        float | None, typer.Option("--target-active-params", help="At most so many for one token.", rich_help_panel=_SEARCH)
+    ] = None,
+    target_memory_mb: Annotated[
+        float | None, typer.Option("--target-memory-mb", help="At most so many MiB of weights and cache.", rich_help_panel=_SEARCH)
+    ] = None,
+    max_width_pruning: Annotated[
+        float, typer.Option("--max-width-pruning", help="Share of each width that may go.", rich_help_panel=_SEARCH)
+    ] = 0.40,
+    max_depth_pruning: Annotated[
+        float, typer.Option("--max-depth-pruning", help="Share of the layers that may go.", rich_help_panel=_SEARCH)
+    ] = 0.20,
+    top_k: Annotated[int, typer.Option("--top-k", help="Largest candidates that are scored.", rich_help_panel=_SEARCH)] = 10,
+    scores: Annotated[
+        Path | None, typer.Option("--scores", help="Importance that was saved before: nothing is measured.", rich_help_panel=_IMPORTANCE)
+    ] = None,
+    save_scores: Annotated[
+        Path | None, typer.Option("--save-scores", help="Save importance to this file.", rich_help_panel=_IMPORTANCE)
+    ] = None,
+    report: Annotated[Path | None, typer.Option("--report", help="Write a page of importance and what was kept (HTML).")] = None,
+    samples: Annotated[int, typer.Option("--samples", help="Samples to measure importance on.", rich_help_panel=_IMPORTANCE)] = 128,
     tokenizer: Tokenizer = None,
     mbs: Mbs = 4,
     seq_length: SeqLength = 128,
@@ -226,19 +254,25 @@ def prune(
     *,
     layout: Layout,
 ) -> None:
-    """Prune a checkpoint to target sizes (Minitron), or drop layers by number.
+    """Prune a checkpoint by importance (Minitron): to sizes, or to the best sizes under a limit; or drop layers by number.
 
-    Example: `nemo-opt prune ./teacher ./pruned --hidden-size 96 --ffn-hidden-size 192 --pp 2`
+    Example: `nemo-opt prune ./teacher ./pruned --hidden-size 96 --ffn-hidden-size 192 --tp 2 --report pruned.html`
     """
     from nemo_opt.prune.config import PruningConfig
+    from nemo_opt.prune.space import SearchSpace
 
     pruning = PruningConfig(
         target_hidden_size=hidden_size,
         target_ffn_hidden_size=ffn_hidden_size,
         target_num_attention_heads=attention_heads,
         target_num_query_groups=query_groups,
+        target_num_moe_experts=experts,
         target_num_layers=num_layers,
         drop_layers=tuple(drop_layers) if drop_layers else None,
+        target_params=target_params,
+        target_active_params=target_active_params,
+        target_memory_mb=target_memory_mb,
+        search=SearchSpace(max_width_pruning=max_width_pruning, max_depth_pruning=max_depth_pruning, top_k=top_k),
     )
     settings = data_config(data, mock=mock, split=split, seq_length=seq_length, micro_batch_size=mbs, global_batch_size=mbs)
     _run(
@@ -251,6 +285,9 @@ def prune(
         data=settings,
         tokenizer=tokenizer,
         num_train_samples=samples,
+        scores=_text(scores),
+        save_scores=_text(save_scores),
+        report=_text(report),
         eval_batches=eval_batches,
         spec=_check_spec(spec),
         overwrite=overwrite,

@@ -68,6 +68,8 @@ def _rows(result: Result) -> Iterable[tuple[str, str]]:
             for name, after in result.model_after.items():
                 if (before := result.model_before.get(name)) != after:
                     yield name, _arrow(str(before), str(after))
+            if result.search is not None:
+                yield "search", f"best of {len(result.search['scored'])} scored, {result.search['fitting']} within the limits"
         case DistillResult():
             yield _losses(result)
             yield "teacher's loss", format_loss(result.teacher_loss)

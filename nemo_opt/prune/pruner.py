@@ -19,7 +19,8 @@ from nemo_opt.models.build import model_config_of, unwrap
 from nemo_opt.parallel import Topology, current_topology
 from nemo_opt.prune.config import PruningConfig
 from nemo_opt.prune.importance import ImportanceScores, measure_importance
-from nemo_opt.prune.selection import Kept, keep_layers, select
+from nemo_opt.prune.search import ScoreFunction, search_architecture
+from nemo_opt.prune.selection import keep_layers, select
 from nemo_opt.prune.slicing import slice_model
 from nemo_opt.training.forward import Batch, ForwardLoop, forward_loop
 
@@ -45,6 +46,7 @@ def prune_language_model(
     *,
     scores: ImportanceScores | Path | str | None = None,
     save_scores: Path | str | None = None,
+    score_function: ScoreFunction | None = None,
 ) -> Any:
     """Prune `model` in place, on any layout without virtual stages; collective.
 
@@ -55,6 +57,8 @@ def prune_language_model(
         trainer: only its `limit_val_batches` (a number of batches), as in NeMo; None uses all data.
         scores: importance that was measured before, at this layout or another one, or the file it was saved to: no data is read then.
         save_scores: file to save the scores to.
+        score_function: for a search under limits of size only: judges the model, pruned to a candidate; higher is better, and the same
+            number on every rank, such as a negative validation loss.
 
     Returns:
         the model that was passed. Its submodules and parameters are new objects: build optimizers and DDP after pruning.
@@ -75,33 +79,38 @@ def prune_language_model(
         )
     sizes, layout = model_config_of(gpt_model), gpt_model.config
     config.check_against(sizes, tp=layout.tensor_model_parallel_size, ep=layout.expert_model_parallel_size)
+    if config.limits and score_function is None:
+        raise ConfigError(f"a search by {sorted(config.limits)} chooses the best candidate by a score: pass score_function")
     if config.drop_layers is not None:
         if scores is not None or save_scores is not None:
             raise ConfigError("drop_layers names the layers, so nothing is measured: leave scores and save_scores out")
         kept = keep_layers(sizes, config.drop_layers)
     else:
-        kept = _most_important(gpt_model, config, data_module, trainer, scores, save_scores)
+        scores = _scores(gpt_model, data_module, trainer, scores, save_scores)
+        targets = config.targets
+        if score_function is not None and config.limits:
+            targets = search_architecture(model, config, scores, score_function).best.sizes
+        kept = select(scores, targets)
     slice_model(gpt_model, kept)
     return model
 
 
-def _most_important(
+def _scores(
     gpt_model: Any,
-    config: PruningConfig,
     data_module: PruningData | None,
     trainer: Any,
     scores: ImportanceScores | Path | str | None,
     save_scores: Path | str | None,
-) -> Kept:
-    sizes = model_config_of(gpt_model)
+) -> ImportanceScores:
+    """Given, read or measured; saved where that is asked for."""
     if scores is None:
         scores = measure_importance(gpt_model, _forward_loop(data_module, trainer))
     elif not isinstance(scores, ImportanceScores):
-        scores = ImportanceScores.load(scores, model=sizes)
-    scores.check_model(sizes)
+        scores = ImportanceScores.load(scores, model=model_config_of(gpt_model))
+    scores.check_model(model_config_of(gpt_model))
     if save_scores is not None:
         scores.save(save_scores)
-    return select(scores, config.targets)
+    return scores
 
 
 def save_pruned_model(

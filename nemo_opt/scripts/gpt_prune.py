@@ -33,11 +33,11 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("nemo_opt.scripts.gpt_prune", description="Pruning of GPT models")
     p.add_argument("--devices", type=int, default=1, help="Devices a node")
     p.add_argument("--num_nodes", type=int, default=1)
-    p.add_argument("--tp_size", type=int, default=1, help="Tensor parallel size; 1 unless layers are dropped by number")
+    p.add_argument("--tp_size", type=int, default=1, help="Tensor parallel size")
     p.add_argument("--pp_size", type=int, default=1, help="Pipeline parallel size")
     p.add_argument("--num_layers_in_first_pipeline_stage", type=int, help="Layers of the first pipeline stage; an even split by default")
     p.add_argument("--num_layers_in_last_pipeline_stage", type=int, help="Layers of the last pipeline stage; an even split by default")
-    p.add_argument("--seq_length", type=int, help="Tokens of a sample; needed unless layers are dropped by number")
+    p.add_argument("--seq_length", type=int, help="Tokens of a sample; not needed with --drop_layers or --scores")
     p.add_argument("--restore_path", required=True, help="Checkpoint to prune")
     p.add_argument(
         "--legacy_ckpt", action="store_true", help="Accepted; checkpoints of nemo_opt do not depend on the version of Transformer Engine"
@@ -53,6 +53,10 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument(f"--{name}", type=int, help=f"{text} after pruning")
     p.add_argument("--drop_layers", type=int, metavar="N", nargs="*", help="Layers to drop, counted from 1; excludes every target")
     _common.add_own_flags(p)
+    group = p.add_argument_group("nemo_opt's own, of pruning")
+    group.add_argument("--scores", help="Importance that was saved before: nothing is measured")
+    group.add_argument("--save_scores", help="Save importance to this file")
+    group.add_argument("--report", help="Write a page of importance and what was kept (HTML)")
     p.add_argument("--use_mock_data", action="store_true", help="Prune by random data, as NeMo does without --data_paths")
     return p
 
@@ -85,13 +89,16 @@ def _run(options: argparse.Namespace) -> None:
         data=_data(options),
         tokenizer=options.tokenizer,
         num_train_samples=options.num_train_samples,
+        scores=options.scores,
+        save_scores=options.save_scores,
+        report=options.report,
         eval_batches=options.eval_batches,
     )
 
 
 def _data(options: argparse.Namespace) -> DataConfig | None:
-    """Data to estimate importance on; dropping layers by number needs none."""
-    if options.drop_layers and not options.seq_length:
+    """Data to estimate importance on; saved scores and dropping layers by number need none."""
+    if (options.drop_layers or options.scores) and not options.seq_length:
         return None
     if not options.seq_length:
         raise ConfigError("--seq_length must be given: importance is estimated on sequences of that length")

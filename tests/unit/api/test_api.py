@@ -36,7 +36,10 @@ def training(steps=12, **changes):
 def everything(root):
     """On each rank; returns results by name."""
     data, r = settings(root), {}
-    path = {name: f"{root}/{name}" for name in ("teacher", "resumed", "fp8", "pruned", "dropped", "distilled", "hf", "again")}
+    path = {
+        name: f"{root}/{name}"
+        for name in ("teacher", "resumed", "fp8", "pruned", "from scores", "searched", "dropped", "distilled", "hf", "again")
+    }
     r["teacher"] = api.train(
         output=path["teacher"], model=MODEL, tokenizer=f"{root}/tokenizer", data=data, training=training(), topology=DP2, log_dir=root
     )
@@ -69,6 +72,28 @@ def everything(root):
         topology=PP2,
         num_train_samples=4,
         eval_batches=EVAL_BATCHES,
+        save_scores=f"{root}/scores",
+    )
+    r["from scores"] = api.prune(
+        checkpoint=path["teacher"],
+        output=path["from scores"],
+        pruning=PruningConfig(target_ffn_hidden_size=32, target_hidden_size=16),
+        topology=TP2,
+        scores=f"{root}/scores",
+        eval_batches=0,
+        report=f"{root}/report.html",
+    )
+    r["from scores eval"] = api.evaluate(path=path["from scores"], data=data, topology=PP2, eval_batches=EVAL_BATCHES)
+    r["searched"] = api.prune(
+        checkpoint=path["teacher"],
+        output=path["searched"],
+        pruning=PruningConfig(target_params=0.8 * r["teacher"].parameters, search={"top_k": 3}),
+        data=data,
+        topology=TP2,
+        scores=f"{root}/scores",
+        eval_batches=EVAL_BATCHES,
+        num_train_samples=4,
+        report=f"{root}/search.html",
     )
     r["dropped"] = api.prune(
         checkpoint=path["teacher"], output=path["dropped"], pruning=PruningConfig(drop_layers=(1,)), topology=TP2, eval_batches=0
@@ -149,6 +174,32 @@ def test_prune(results):
     assert (pruned.model_before["hidden_size"], pruned.model_after["hidden_size"]) == (32, 16)
     assert pruned.parameters < pruned.parameters_before == results["teacher"].parameters
     assert pruned.loss_after > pruned.loss_before
+    assert pruned.importance_tokens == 4 * 32
+    assert pruned.kept_layers == list(range(1, MODEL.num_layers + 1))
+    assert pruned.search is None
+
+
+def test_pruning_from_scores_gives_the_same_model(results, root):
+    pruned = results["from scores"]
+    assert (pruned.layout, pruned.loss_before, pruned.importance_tokens) == ("TP2PP1", None, 4 * 32)
+    assert read_info(pruned).model == read_info(results["pruned"]).model
+    assert results["from scores eval"].loss == pytest.approx(results["pruned"].loss_after, abs=1e-5)
+    text = (root / "report.html").read_text()
+    assert "Hidden channels" in text
+    assert "Search" not in text
+
+
+def test_search(results, root):
+    searched = results["searched"]
+    limit = 0.8 * searched.parameters_before
+    assert searched.search["limits"] == {"params": limit}
+    scored = searched.search["scored"]
+    assert 1 <= len(scored) <= 3 <= searched.search["fitting"]
+    assert searched.parameters == searched.search["best"]["metrics"]["params"] <= limit
+    assert searched.search["best"]["score"] == max(candidate["score"] for candidate in scored)
+    assert searched.loss_after == pytest.approx(-searched.search["best"]["score"], abs=1e-5), "what was scored is what was written"
+    assert {name: searched.model_after[name] for name in searched.search["best"]["sizes"]} == searched.search["best"]["sizes"]
+    assert "architectures are within" in (root / "search.html").read_text()
     assert results["dropped"].model_after["num_layers"] == 1
     assert results["dropped"].loss_after is None
 

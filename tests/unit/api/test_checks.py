@@ -160,10 +160,14 @@ def test_ptq(place):
 
 
 def test_prune(place):
-    with pytest.raises(ConfigError, match="needs tp 1"):
-        prune(place, **TP2)
-    with pytest.raises(ConfigError, match="pp 1 != 2 ranks"):
-        prune(place, world_size=2)
+    prune(place, **TP2)
+    prune(place, world_size=2)
+    with pytest.raises(ConfigError, match="vp 2"):
+        prune(place, topology=Topology(pp=2, vp=2), world_size=2)
+    with pytest.raises(ConfigError, match="prune the original"):
+        prune(place, checkpoint=make(place / "fp8", has_modelopt_state=True))
+    with pytest.raises(ConfigError, match="is a multiple of tp 2; nearest: 14 or 16"):
+        prune(place, pruning=PruningConfig(target_ffn_hidden_size=15), **TP2)
     with pytest.raises(ConfigError, match="none is given"):
         prune(place, data=None)
     with pytest.raises(ConfigError, match="num_train_samples 3 % micro_batch_size 2"):
@@ -173,6 +177,40 @@ def test_prune(place):
     with pytest.raises(ConfigError, match="target_hidden_size 64"):
         prune(place, pruning=PruningConfig(target_hidden_size=64))
     prune(place, pruning=PruningConfig(drop_layers=(1, 2)), data=None, **TP2)
+
+
+def test_prune_importance(place, monkeypatch):
+    dropping = {"pruning": PruningConfig(drop_layers=(1,))}
+    with pytest.raises(CheckpointError, match=r"importance scores .* do not exist"):
+        prune(place, scores=str(place / "scores"))
+    (place / "scores").touch()
+    prune(place, scores=str(place / "scores"), data=None, save_scores=str(place / "again"), report=str(place / "r.html"))
+    for name in ("scores", "save_scores"):
+        with pytest.raises(ConfigError, match="need no importance"):
+            prune(place, **dropping, **{name: str(place / "scores")})
+    for name in ("save_scores", "report"):
+        with pytest.raises(ConfigError, match=f"{name} .* is a directory"):
+            prune(place, **{name: str(place)})
+        with pytest.raises(ConfigError, match=f"{name} .* the directory .*/missing does not exist"):
+            prune(place, **{name: str(place / "missing" / "file")})
+    prune(place, **dropping, report=str(place / "r.html"))
+    monkeypatch.setattr("nemo_opt.pages.can_plot", lambda: False)
+    prune(place)
+    with pytest.raises(ConfigError, match=r"install nemo_opt\[plots\]"):
+        prune(place, report=str(place / "r.html"))
+
+
+def test_prune_search(place):
+    prune(place, pruning=PruningConfig(target_params=35_000))
+    with pytest.raises(ConfigError, match="no architecture of the search space fits params <= 10"):
+        prune(place, pruning=PruningConfig(target_params=10))
+    with pytest.raises(ConfigError, match="eval_batches is 0"):
+        prune(place, pruning=PruningConfig(target_params=35_000), eval_batches=0)
+    with pytest.raises(ConfigError, match="within the limits already"):
+        prune(place, pruning=PruningConfig(target_params=1e6))
+    (place / "scores").touch()
+    with pytest.raises(ConfigError, match="8 evaluation batches asked for, but no data"):
+        prune(place, pruning=PruningConfig(target_params=35_000), data=None, scores=str(place / "scores"))
 
 
 def test_distill(place, tokenizers):

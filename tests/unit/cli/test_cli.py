@@ -1,6 +1,7 @@
 """The command line, with the launch replaced by a recorder, and how results look."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,8 @@ from nemo_opt.cli.main import main
 from nemo_opt.errors import ConfigError
 from nemo_opt.launch import RankFailedError
 from nemo_opt.parallel import Topology
+from nemo_opt.prune.config import PruningConfig
+from nemo_opt.prune.space import SearchSpace
 
 FACTS = {"path": "OUT", "layout": "TP2PP1", "spec": "te", "device": "cpu/gloo", "parameters": 1_115_264, "time_s": 2.5}
 RESULTS = {
@@ -112,6 +115,28 @@ def test_settings_of_the_commands(started):
     assert prune["data"].mock
     training = distill["training"]
     assert (training.max_steps, training.warmup_steps, training.min_lr) == (50, 5, 0.001)
+
+
+def test_pruning_by_limits_and_scores(started):
+    call("prune CKPT OUT --target-params 6e5 --target-memory-mb 2.5 --max-width-pruning 0.5 --max-depth-pruning 0.3 --top-k 4 --tp 2")
+    call("prune CKPT OUT --target-active-params 5 --scores S --report R.html")
+    call("prune CKPT OUT --query-groups 2 --experts 4 --attention-heads 4 --num-layers 2 --ffn-hidden-size 8 --save-scores S")
+    limits, scored, sizes = (settings for _, _, settings in started)
+    assert limits["pruning"] == PruningConfig(
+        target_params=6e5, target_memory_mb=2.5, search=SearchSpace(max_width_pruning=0.5, max_depth_pruning=0.3, top_k=4)
+    )
+    assert (limits["scores"], limits["save_scores"], limits["report"]) == (None, None, None)
+    assert scored["pruning"] == PruningConfig(target_active_params=5)
+    assert (scored["scores"], scored["save_scores"], scored["report"]) == ("S", None, "R.html")
+    assert sizes["pruning"].targets == {
+        "ffn_hidden_size": 8, "num_attention_heads": 4, "num_query_groups": 2, "num_layers": 2, "num_moe_experts": 4
+    }  # fmt: skip
+    assert sizes["save_scores"] == "S"
+
+
+def test_a_search_is_reported(capsys):
+    report.show(replace(RESULTS["prune"], search={"scored": [1, 2, 3], "fitting": 40}))
+    assert "best of 3 scored, 40 within the limits" in capsys.readouterr().out
 
 
 def test_json(started, tmp_path, capsys):

@@ -155,6 +155,16 @@ class TestPrune:
         assert started[0][1]["data"] is None
         assert "--legacy_ckpt has no effect" in capsys.readouterr().err
 
+    def test_saved_scores_need_no_data(self, started):
+        flags = ["--tp_size", "2", "--devices", "2", "--target_hidden_size", "64", "--target_num_query_groups", "2"]
+        assert gpt_prune.main([*PRUNE, *flags, "--scores", "S", "--report", "R.html"]) == 0
+        [(_, settings)] = started
+        assert (settings["scores"], settings["save_scores"], settings["report"], settings["data"]) == ("S", None, "R.html", None)
+        assert settings["topology"] == Topology(tp=2)
+        assert settings["pruning"].targets == {"hidden_size": 64, "num_query_groups": 2}
+        assert gpt_prune.main([*PRUNE, *self.TARGETS, "--save_scores", "S"]) == 0
+        assert (started[1][1]["scores"], started[1][1]["save_scores"]) == (None, "S")
+
     @pytest.mark.parametrize(
         ("flags", "message"),
         [
