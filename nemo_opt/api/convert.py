@@ -6,8 +6,6 @@ from pathlib import Path
 
 import nemo_opt._stack
 
-import torch.distributed as dist
-
 from nemo_opt.api import checks
 from nemo_opt.api._session import directory_bytes, session, world_size
 from nemo_opt.api.results import ExportResult, ImportResult
@@ -50,9 +48,7 @@ def export_ckpt(*, checkpoint: str, output: str, topology: Topology, spec: Spec 
     info = read_info(checkpoint)
     with session(topology, info.model) as job:
         chunks, _ = restore_model(checkpoint, job.topology, spec=spec)
-        if overwrite and checks.is_huggingface(output):
-            _remove(output)
-        export_hf(chunks, output, tokenizer_dir=info.tokenizer_dir)
+        export_hf(chunks, output, tokenizer_dir=info.tokenizer_dir, overwrite=overwrite)
         return ExportResult(**job.facts(chunks), path=output, source=checkpoint, bytes_after=directory_bytes(output))
 
 
@@ -62,9 +58,3 @@ def _copy_tokenizer(source: Path, folder: Path) -> Path | None:
     for name in names:
         shutil.copyfile(source / name, folder / name)
     return folder if names else None
-
-
-def _remove(path: str) -> None:
-    if dist.get_rank() == 0:
-        shutil.rmtree(path)
-    dist.barrier()

@@ -26,11 +26,16 @@ _OURS = ("nemo_opt.json", "manifest.json", "weights")
 """A directory with one of these is a checkpoint, perhaps a damaged one; nothing else is ever overwritten."""
 
 
-def check_target(target: Path, *, overwrite: bool) -> None:
+def check_target(target: Path, *, overwrite: bool, marks: tuple[str, ...] = _OURS) -> None:
     """Refuses a target that must not be replaced.
 
+    Args:
+        target: Where a directory is to appear.
+        overwrite: Whether an older one may be replaced.
+        marks: An older one is recognised by any of these names in it.
+
     Raises:
-        CheckpointError: `target` is a file, or a non-empty directory and `overwrite` is False or it is not a checkpoint.
+        CheckpointError: `target` is a file, or a non-empty directory and `overwrite` is False or it is nothing we would write.
 
     """
     if not target.exists():
@@ -41,8 +46,8 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise CheckpointError(f"{target} exists and is not empty: choose another path or pass overwrite=True")
-    if not any((target / name).exists() for name in _OURS):
-        raise CheckpointError(f"{target} is not empty and not a checkpoint: it is not overwritten, choose another path")
+    if not any((target / name).exists() for name in marks):
+        raise CheckpointError(f"{target} is not empty and holds no {' or '.join(marks)}: it is not overwritten, choose another path")
 
 
 def create_beside(target: Path) -> Path:
@@ -53,7 +58,7 @@ def create_beside(target: Path) -> Path:
     return partial
 
 
-def publish(partial: Path, target: Path, *, overwrite: bool = False) -> None:
+def publish(partial: Path, target: Path, *, overwrite: bool = False, marks: tuple[str, ...] = _OURS) -> None:
     """Gives `partial`, flushed to disk, the name `target`; what lay there before is removed afterwards.
 
     Raises:
@@ -61,7 +66,7 @@ def publish(partial: Path, target: Path, *, overwrite: bool = False) -> None:
 
     """
     _flush(partial)
-    check_target(target, overwrite=overwrite)
+    check_target(target, overwrite=overwrite, marks=marks)
     if target.is_dir() and any(target.iterdir()):
         _replace(partial, target)
     else:

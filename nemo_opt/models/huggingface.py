@@ -7,7 +7,6 @@ Unquantised models only: what quantization adds has exporters of its own.
 
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -18,6 +17,7 @@ import nemo_opt._stack
 import torch
 import torch.distributed as dist
 
+from nemo_opt.checkpoint import atomic
 from nemo_opt.errors import CheckpointError, ConfigError
 from nemo_opt.models.config import ModelConfig
 from nemo_opt.models.huggingface_config import config_from_hf, config_to_hf, special_token_ids
@@ -76,6 +76,7 @@ def export_hf(
     tokenizer_dir: str | Path | None = None,
     dtype: torch.dtype | None = None,
     max_file_bytes: int = 2 * 10**9,
+    overwrite: bool = False,
 ) -> Path:
     """Writes the model as a directory that transformers loads. Collective: call it on every rank.
 
@@ -85,6 +86,7 @@ def export_hf(
         tokenizer_dir: Its `TOKENIZER_FILES` are copied, and its special tokens named in `config.json`.
         dtype: Of the written weights; None keeps the model's.
         max_file_bytes: Also the most that rank 0 holds, beside one weight.
+        overwrite: Replace an older Hugging Face directory, once the new one is whole.
 
     Raises:
         ConfigError: LlamaForCausalLM cannot express the model, or it is quantised.
@@ -100,7 +102,7 @@ def export_hf(
 
     def begin() -> None:
         nonlocal export
-        export = _Export(config, out_dir, dtype, tokenizer_dir, max_file_bytes)
+        export = _Export(config, out_dir, dtype, tokenizer_dir, max_file_bytes, overwrite)
 
     def end() -> None:
         assert export is not None
@@ -117,14 +119,15 @@ def export_hf(
 class _Export:
     """Rank 0's side. Errors in `add` wait for `finish`: other ranks are sending, and learn of them there."""
 
-    def __init__(self, config: ModelConfig, out_dir: Path, dtype: torch.dtype, tokenizer_dir: str | Path | None, max_bytes: int) -> None:
-        self._config, self._out_dir, self._dtype = config, out_dir, dtype
+    def __init__(
+        self, config: ModelConfig, out_dir: Path, dtype: torch.dtype, tokenizer_dir: str | Path | None, max_bytes: int, overwrite: bool
+    ) -> None:
+        self._config, self._out_dir, self._dtype, self._overwrite = config, out_dir, dtype, overwrite
         tokens = special_token_ids(tokenizer_dir) if tokenizer_dir is not None else None
         hf_config = config_to_hf(config, dtype=str(dtype).removeprefix("torch."), special_tokens=tokens)
-        if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-            raise CheckpointError(f"{out_dir} exists and is not empty: choose another directory or remove it")
-        out_dir.parent.mkdir(parents=True, exist_ok=True)
-        self._work_dir = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", suffix=".partial", dir=out_dir.parent))
+        atomic.check_target(out_dir, overwrite=overwrite, marks=("config.json",))
+        atomic.remove_stale(out_dir)
+        self._work_dir = atomic.create_beside(out_dir)
         self._error: Exception | None = None
         (self._work_dir / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
         for name in TOKENIZER_FILES if tokenizer_dir is not None else ():
@@ -151,8 +154,7 @@ class _Export:
             if self._missing:
                 raise CheckpointError(f"the ranks hold no {', '.join(self._missing)}: call export_hf on every rank, with all chunks")
             self._writer.close()
-            self._work_dir.chmod(0o755)  # mkdtemp makes it private
-            self._work_dir.replace(self._out_dir)
+            atomic.publish(self._work_dir, self._out_dir, overwrite=self._overwrite, marks=("config.json",))
         finally:
             shutil.rmtree(self._work_dir, ignore_errors=True)
 

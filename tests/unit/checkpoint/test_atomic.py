@@ -112,7 +112,7 @@ def test_nothing_but_a_checkpoint_is_overwritten(tmp_path):
         check_target(target, overwrite=False)
     check_target(target, overwrite=True)
     (target / "nemo_opt.json").rename(target / "thesis.tex")
-    with pytest.raises(CheckpointError, match="not a checkpoint"):
+    with pytest.raises(CheckpointError, match="holds no nemo_opt"):
         check_target(target, overwrite=True)
     with pytest.raises(CheckpointError, match="is a file"):
         check_target(target / "thesis.tex", overwrite=True)

@@ -234,6 +234,18 @@ def test_export_into_a_full_directory_is_refused(imported, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_only_a_hugging_face_directory_is_replaced_and_only_on_request(imported, tmp_path):
+    _, chunks = imported
+    export_hf(chunks, tmp_path / "out")
+    (tmp_path / "out" / "old.txt").write_text("of the first export")
+    export_hf(chunks, tmp_path / "out", overwrite=True)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (tmp_path / "out" / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"holds no config\.json: it is not overwritten"):
+        export_hf(chunks, tmp_path / "out", overwrite=True)
+
+
 def test_failed_export_leaves_nothing(imported, tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError(28, "No space left on device")
