@@ -3,6 +3,7 @@
 Everything that can be refused is refused before data is read or the model touched. Data may come in the three forms of `PruningData`.
 """
 
+import logging
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
@@ -12,12 +13,14 @@ import nemo_opt._stack
 
 import modelopt.torch.opt as mto
 import torch
+import torch.distributed as dist
 
 from nemo_opt.checkpoint.save import save_checkpoint
 from nemo_opt.errors import ConfigError, DataError
 from nemo_opt.models.build import model_config_of, unwrap
 from nemo_opt.parallel import Topology, current_topology
 from nemo_opt.prune.config import PruningConfig
+from nemo_opt.prune.digest import weights_digest
 from nemo_opt.prune.importance import ImportanceScores, measure_importance
 from nemo_opt.prune.search import ScoreFunction, search_architecture
 from nemo_opt.prune.selection import keep_layers, select
@@ -25,6 +28,8 @@ from nemo_opt.prune.slicing import slice_model
 from nemo_opt.training.forward import Batch, ForwardLoop, forward_loop
 
 __all__ = ["PruningData", "TrainData", "prune_language_model", "save_pruned_model"]
+
+_log = logging.getLogger(__name__)
 
 
 class TrainData(Protocol):
@@ -73,10 +78,6 @@ def prune_language_model(
     if mto.ModeloptStateManager.is_converted(gpt_model):
         raise ConfigError("the model is already converted by ModelOpt (quantized or distilled): prune it before that")
     _check_one_chunk(gpt_model)
-    if config.limits:
-        raise ConfigError(
-            f"limits on {sorted(config.limits)} are met by a search (nemo_opt.prune.search): prune to the sizes that it finds"
-        )
     sizes, layout = model_config_of(gpt_model), gpt_model.config
     config.check_against(sizes, tp=layout.tensor_model_parallel_size, ep=layout.expert_model_parallel_size)
     if config.limits and score_function is None:
@@ -108,6 +109,7 @@ def _scores(
     elif not isinstance(scores, ImportanceScores):
         scores = ImportanceScores.load(scores, model=model_config_of(gpt_model))
     scores.check_model(model_config_of(gpt_model))
+    _warn_of_other_weights(gpt_model, scores)
     if save_scores is not None:
         scores.save(save_scores)
     return scores
@@ -150,6 +152,13 @@ def save_pruned_model(
         overwrite=overwrite,
     )
     return Path(save_path)
+
+
+def _warn_of_other_weights(gpt_model: Any, scores: ImportanceScores) -> None:
+    """No error: the weights may only have been cast, or trained a little further."""
+    digest = weights_digest(gpt_model)
+    if digest != scores.digest and dist.get_rank() == 0:
+        _log.warning("importance was measured on other weights (digest %.12s) than these (%.12s) of the same sizes", scores.digest, digest)
 
 
 def _check_one_chunk(gpt_model: Any) -> None:

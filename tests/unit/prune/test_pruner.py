@@ -1,5 +1,6 @@
 """Every branch of prune_language_model with the work replaced: what is refused, in which order, and what is passed on."""
 
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock, patch
@@ -23,7 +24,7 @@ def patched():
     gpt_model.config = SimpleNamespace(
         virtual_pipeline_model_parallel_size=None, tensor_model_parallel_size=1, expert_model_parallel_size=1
     )
-    scores = MagicMock(spec=ImportanceScores)
+    scores = MagicMock(spec=ImportanceScores, digest="these weights")
     with (
         patch(f"{HERE}.unwrap", return_value=gpt_model),
         patch(f"{HERE}.mto.ModeloptStateManager.is_converted", return_value=False) as is_converted,
@@ -32,6 +33,8 @@ def patched():
         patch(f"{HERE}.select", return_value="selected") as select,
         patch(f"{HERE}.keep_layers", return_value="all but some") as keep_layers,
         patch(f"{HERE}.slice_model") as slice_model,
+        patch(f"{HERE}.weights_digest", return_value="these weights") as digest,
+        patch(f"{HERE}.dist.get_rank", return_value=0) as rank,
         patch(f"{HERE}.forward_loop", side_effect=lambda batches, description: list(batches)) as forward_loop,
         patch(f"{HERE}.save_checkpoint") as save_checkpoint,
     ):
@@ -66,7 +69,7 @@ def test_interleaved_pipelines_are_refused(patched, config):
 
 
 def test_limits_are_refused_with_the_remedy(patched):
-    with pytest.raises(ConfigError, match=r"limits on \['params'\].*search"):
+    with pytest.raises(ConfigError, match=r"search by \['params'\].*pass score_function"):
         prune_language_model(object(), {"target_params": 1000.0}, [1])
     assert untouched(patched)
 
@@ -93,7 +96,7 @@ def test_forward_loop_is_passed_on_and_what_is_best_stays(patched):
 
 
 def test_scores_replace_data_and_measuring(patched):
-    given = MagicMock(spec=ImportanceScores)
+    given = MagicMock(spec=ImportanceScores, digest="these weights")
     prune_language_model(object(), {"target_hidden_size": 64}, scores=given, save_scores="again")
     patched.measure.assert_not_called()
     patched.forward_loop.assert_not_called()
@@ -108,6 +111,15 @@ def test_scores_are_read_from_a_file_and_checked(patched):
             prune_language_model(object(), {"target_hidden_size": 64}, scores="file")
     load.assert_called_once_with("file", model=preset("tiny"))
     assert untouched(patched)
+
+
+@pytest.mark.parametrize(("digest", "rank", "warned"), [("these weights", 0, False), ("others", 0, True), ("others", 1, False)])
+def test_scores_of_other_weights_are_used_with_a_warning(patched, caplog, digest, rank, warned):
+    patched.rank.return_value = rank
+    with caplog.at_level(logging.WARNING):
+        prune_language_model(object(), {"target_hidden_size": 64}, scores=MagicMock(spec=ImportanceScores, digest=digest))
+    assert ("measured on other weights" in caplog.text) == warned
+    patched.slice_model.assert_called_once()
 
 
 def test_scores_are_saved(patched):

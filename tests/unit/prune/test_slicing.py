@@ -1,0 +1,411 @@
+"""Pruned models on every kind of layout, against weights sliced by hand and against ModelOpt's own pruning."""
+
+import contextlib
+import io
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nemo_opt.errors import ConfigError
+from nemo_opt.models.config import preset
+from nemo_opt.parallel import Topology
+
+SMALL = preset(
+    "tiny", num_layers=4, hidden_size=32, ffn_hidden_size=48, num_attention_heads=8, num_query_groups=4, vocab_size=128,
+    max_position_embeddings=64,
+)  # fmt: skip
+TARGETS = {"hidden_size": 20, "ffn_hidden_size": 24, "num_attention_heads": 4, "num_query_groups": 2, "num_layers": 2}
+MODELS = {  # name -> (sizes, targets)
+    "dense": (SMALL, TARGETS),
+    "tied": (SMALL.with_(tie_embeddings=True), TARGETS),
+    "experts": (SMALL.with_(num_moe_experts=4), {**TARGETS, "num_moe_experts": 2}),
+    # NeMo's L2 test but for the vocabulary, which takes time and is not pruned; 12 heads in 12 groups
+    "68m": (
+        preset("68m", vocab_size=128),
+        {"hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4, "num_query_groups": 4, "num_layers": 2},
+    ),
+}
+LAYOUTS = {
+    "TP1PP1": ["dense", "tied", "experts", "68m"],
+    "TP2": ["dense", "tied"],
+    "PP2": ["dense", "tied", "68m"],
+    "DP2": ["dense"],
+    "CP2": ["dense"],
+    "TP2SP": ["dense", "experts"],
+    "EP2": ["experts"],
+    "PP2FIRST1": ["dense"],
+    "TP4": ["dense"],  # two query groups on four ranks afterwards
+    "TP2PP2": ["dense", "tied"],
+    "TP2EP2SP": ["experts"],
+    "CP2DP2": ["dense"],
+}
+SCORES_TOLERANCE = 1e-6
+"""Of the largest score; float32 activations summed in another order: 1.7e-7 over LAYOUTS and both specs."""
+TOLERANCE = 1e-5
+"""The project's goal for logits, of the largest one; seen: 0 against hand-sliced weights, 4e-7 over layouts and specs."""
+
+
+def _prune(name, kinds, specs=("te", "local"), folder=None):
+    """Each of `kinds` at one layout with each spec, in one start of the ranks."""
+    from nemo_opt.models.build import model_config_of
+    from nemo_opt.prune.importance import measure_importance
+    from nemo_opt.prune.pruner import prune_language_model, save_pruned_model
+    from nemo_opt.testing import pruning as testing
+    from nemo_opt.training.forward import forward_loop
+
+    topology, results = Topology.from_name(name), {}
+    for kind in kinds:
+        config, targets = MODELS[kind]
+        for spec in [s for s in specs if s == "te" or topology.cp == 1]:
+            chunks = testing.contrasted_model(topology, config, spec)
+            shown = testing.batches(count=4)
+            before, marks = testing.whole_weights(chunks), testing.marks(chunks[0])
+            scores = measure_importance(chunks, forward_loop(shown, description="test"))
+            prune_language_model(chunks, {f"target_{name}": size for name, size in targets.items()}, scores=scores)
+            assert all(mark == marks[name] for name, mark in testing.marks(chunks[0]).items())
+            assert chunks[0].training
+            if folder:
+                save_pruned_model(chunks, f"{folder}/{name}_{kind}_{spec}")
+            results[kind, spec] = {
+                "scores": scores,
+                "before": before,
+                "weights": testing.whole_weights(chunks),
+                "config": model_config_of(chunks[0]),
+                "logits": testing.logits(chunks, shown),
+            }
+    return results
+
+
+@pytest.fixture(scope="module")
+def alone(ranks):
+    """What one rank makes of each model, with each spec."""
+    return ranks(1).run(_prune, "TP1PP1", list(MODELS))[0]
+
+
+def _equal(ours, theirs):
+    return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+
+
+def _difference(ours, theirs):
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def _assert_same_scores(ours, theirs):
+    assert (ours.digest, ours.tokens, ours.model) == (theirs.digest, theirs.tokens, theirs.model)
+    assert _difference(ours.hidden, theirs.hidden) < SCORES_TOLERANCE
+    assert _difference(ours.layers, theirs.layers) < SCORES_TOLERANCE
+    for name in ("ffn", "heads", "groups", "experts"):
+        scores, expected = getattr(ours, name), getattr(theirs, name)
+        assert scores.keys() == expected.keys()
+        for number in scores:
+            assert _difference(scores[number], expected[number]) < SCORES_TOLERANCE, (name, number)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_every_layout_and_spec_keeps_the_same_weights(ranks, alone, layout):
+    topology = Topology.from_name(layout)
+    everyone = ranks(topology.world_size).run(_prune, layout, LAYOUTS[layout])
+    for (kind, spec), result in everyone[0].items():
+        expected = alone[kind, "te"]
+        for rank in everyone:
+            assert torch.equal(rank[kind, spec]["scores"].hidden, result["scores"].hidden)
+            assert rank[kind, spec]["config"] == expected["config"]
+        _assert_same_scores(result["scores"], expected["scores"])
+        assert _equal(result["weights"], expected["weights"]), (kind, spec)
+        if result["logits"].shape == expected["logits"].shape:  # else each rank has a part of the data
+            assert _difference(result["logits"], expected["logits"]) < TOLERANCE
+
+
+def test_sizes_are_the_targets(alone):
+    for (kind, _), result in alone.items():
+        config, targets = MODELS[kind]
+        sizes = result["config"].to_dict()
+        assert sizes == config.to_dict() | targets | {"kv_channels": config.head_dim}
+
+
+def _by_hand(kind, spec):
+    """Kept indices by the oracle's scores, the weights it slices, and the logits of a fresh model that holds them."""
+    from nemo_opt.models.build import build_model
+    from nemo_opt.models.shards import parameter_shards
+    from nemo_opt.testing import pruning as testing
+
+    config, targets = MODELS[kind]
+    (dense,) = testing.contrasted_model(Topology(), config, spec)
+    shown = testing.batches(count=4)
+    oracle = testing.DenseOracle(dense, shown)
+    weights = testing.hand_sliced(testing.whole_weights([dense]), oracle.kept(targets), config)
+    small = build_model(config.with_(**targets, kv_channels=config.head_dim), Topology(), spec=spec, seed=None)
+    for shard in parameter_shards(small):
+        shard.tensor.copy_(weights[shard.key])
+    scores = {name: getattr(oracle, name) for name in ("hidden", "ffn", "heads", "layers")}
+    return {"weights": weights, "logits": testing.logits(small, shown), "scores": scores}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("spec", ["te", "local"])
+@pytest.mark.parametrize("kind", ["dense", "tied", "68m"])
+def test_one_rank_keeps_what_the_oracle_keeps(ranks, alone, kind, spec):
+    expected, result = ranks(1).run(_by_hand, kind, spec)[0], alone[kind, spec]
+    assert _equal(result["weights"], expected["weights"])
+    assert _difference(result["logits"], expected["logits"]) < TOLERANCE
+    scores, oracle = result["scores"], expected["scores"]
+    assert _difference(scores.hidden, oracle["hidden"]) < SCORES_TOLERANCE
+    assert _difference(scores.layers, torch.tensor([oracle["layers"][n] for n in range(len(scores.layers))])) < SCORES_TOLERANCE
+    for number in scores.ffn:
+        assert _difference(scores.ffn[number], oracle["ffn"][number - 1]) < SCORES_TOLERANCE
+        assert _difference(scores.heads[number], oracle["heads"][number - 1]) < SCORES_TOLERANCE
+
+
+def _expert_scores_by_hand(weights, normed, layer, top_k=2):
+    """Scores of a layer's experts and of their channels: routed and computed token by token from whole weights."""
+    prefix = f"decoder.layers.{layer}.mlp"
+    best = (normed @ weights[f"{prefix}.router.weight"].t()).topk(top_k, dim=-1)
+    chance = best.values.softmax(dim=-1)
+    norms, channels = [], []
+    for expert in range(4):
+        gate, up, down = (
+            weights[f"{prefix}.experts.experts.{expert}.{n}"] for n in ("linear_fc1.weight_w", "linear_fc1.weight_v", "linear_fc2.weight")
+        )
+        routed = (best.indices == expert).nonzero()
+        x = normed[routed[:, 0]]
+        inner = torch.nn.functional.silu(x @ gate.t()) * (x @ up.t()) * chance[routed[:, 0], routed[:, 1]][:, None]
+        norms.append((inner @ down.t()).norm(dim=-1).mean())
+        channels.append(inner.abs().mean(dim=0))
+    return torch.stack(norms), torch.stack(channels)
+
+
+def _measure_experts(spec):
+    from nemo_opt.prune.importance import measure_importance
+    from nemo_opt.testing import pruning as testing
+
+    (model,) = testing.contrasted_model(Topology(), MODELS["experts"][0], spec)
+    shown, seen = testing.batches(count=4), {}
+
+    def loop(gpt_model):
+        assert not gpt_model.training
+        assert not torch.is_grad_enabled()
+        testing.logits([gpt_model], shown)
+
+    for number, layer in enumerate(model.decoder.layers):
+        layer.pre_mlp_layernorm.register_forward_hook(lambda *call, n=number: seen.setdefault(n, []).append(call[2].flatten(0, 1)))
+    scores, weights = measure_importance(model, loop), testing.whole_weights([model])
+    return scores, [_expert_scores_by_hand(weights, torch.cat(seen[number]), number) for number in range(4)]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("spec", ["te", "local"])
+def test_experts_are_scored_by_the_tokens_that_reach_them(ranks, spec):
+    scores, by_hand = ranks(1).run(_measure_experts, spec)[0]
+    for number, (experts, channels) in enumerate(by_hand, start=1):
+        assert _difference(scores.experts[number], experts) < SCORES_TOLERANCE
+        assert _difference(scores.ffn[number], channels) < SCORES_TOLERANCE
+
+
+WIDTHS = {"hidden_size": 20, "ffn_hidden_size": 24, "num_attention_heads": 4, "num_layers": 2}  # what ModelOpt prunes
+
+
+def _modelopt_against_ours(name):
+    import modelopt.torch.prune as mtp
+    from modelopt.torch.prune.plugins.mcore_minitron import get_mcore_minitron_config
+
+    from nemo_opt.prune.pruner import prune_language_model
+    from nemo_opt.testing import pruning as testing
+    from nemo_opt.training.forward import forward_loop
+
+    topology = Topology.from_name(name)
+    (theirs,), ours = (testing.contrasted_model(topology, SMALL, "te") for _ in range(2))
+    shown = testing.batches(count=4)
+    mode = get_mcore_minitron_config(hidden_size_divisor=20, ffn_hidden_size_divisor=24, num_layers_divisor=2)
+    loop = forward_loop(shown, description="test")
+    with contextlib.redirect_stdout(io.StringIO()):
+        mtp.prune(
+            theirs,
+            mode=[("mcore_minitron", mode)],
+            constraints={"export_config": dict(WIDTHS)},
+            dummy_input=None,
+            config={"forward_loop": loop},
+        )
+    assert prune_language_model(ours, {f"target_{name}": size for name, size in WIDTHS.items()}, loop) is ours
+    pairs = dict(theirs.named_parameters()), dict(ours[0].named_parameters())
+    return {
+        "names": pairs[0].keys() == pairs[1].keys(),
+        # ModelOpt orders what it keeps by importance: the same values stand in other places
+        "values": all(
+            torch.equal(tensor.flatten().sort().values, pairs[1][key].flatten().sort().values) for key, tensor in pairs[0].items()
+        ),
+        "logits": _difference(testing.logits(ours, shown), testing.logits([theirs], shown)),
+    }
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("layout", ["TP1PP1", "PP2"])
+def test_modelopt_keeps_the_same(ranks, layout):
+    for result in ranks(Topology.from_name(layout).world_size).run(_modelopt_against_ours, layout):
+        assert result["names"]
+        assert result["values"]
+        assert result["logits"] < TOLERANCE
+
+
+def _no_data(_model):
+    raise AssertionError("no calibration with saved scores")
+
+
+def _from_file(name, spec, path, save):
+    from nemo_opt.prune.pruner import prune_language_model
+    from nemo_opt.testing import pruning as testing
+    from nemo_opt.training.forward import forward_loop
+
+    chunks = testing.contrasted_model(Topology.from_name(name), SMALL, spec)
+    targets = {f"target_{name}": size for name, size in TARGETS.items()}
+    if save:
+        prune_language_model(chunks, targets, forward_loop(testing.batches(count=4), description="test"), save_scores=path)
+    else:
+        prune_language_model(chunks, targets, _no_data, scores=path)
+    return testing.whole_weights(chunks)
+
+
+@pytest.mark.ranks
+def test_scores_saved_at_one_layout_prune_at_another(ranks, alone, tmp_path):
+    path = str(tmp_path / "scores.safetensors")
+    for layout, spec, save in (("TP2", "te", True), ("PP2", "local", False), ("TP1PP1", "te", False)):
+        weights = ranks(Topology.from_name(layout).world_size).run(_from_file, layout, spec, path, save)[0]
+        assert _equal(weights, alone["dense", "te"]["weights"])
+
+
+def _reload(name, path, spec):
+    from nemo_opt.checkpoint.load import restore_model
+    from nemo_opt.models.build import model_config_of
+    from nemo_opt.parallel import initialize
+    from nemo_opt.testing import pruning as testing
+
+    topology = initialize(Topology.from_name(name))
+    chunks, info = restore_model(path, topology, spec=spec)
+    assert info.model == model_config_of(chunks[0])
+    assert not info.has_modelopt_state
+    return testing.whole_weights(chunks), testing.logits(chunks, testing.batches(count=4))
+
+
+@pytest.mark.ranks
+def test_what_is_saved_at_one_layout_loads_at_another(ranks, alone, tmp_path):
+    cases = [("TP2", "TP1PP1"), ("PP2", "TP2"), ("TP1PP1", "PP2")]
+    for saved_at, loaded_at in cases:
+        ranks(Topology.from_name(saved_at).world_size).run(_prune, saved_at, ["dense"], ("te",), str(tmp_path))
+        loaded = ranks(Topology.from_name(loaded_at).world_size).run(_reload, loaded_at, f"{tmp_path}/{saved_at}_dense_te", "local")[0]
+        assert _equal(loaded[0], alone["dense", "te"]["weights"])
+        assert _difference(loaded[1], alone["dense", "te"]["logits"]) < TOLERANCE
+
+
+def _train_on(name):
+    """Losses of a few steps of plain gradient descent on one batch, after pruning."""
+    from nemo_opt.prune.pruner import prune_language_model
+    from nemo_opt.testing import pruning as testing
+
+    (model,) = testing.contrasted_model(Topology.from_name(name), SMALL, "te")
+    (batch,) = testing.batches(count=1)
+    model.decoder.layers[0].mlp.linear_fc2.weight.requires_grad_(False)
+    targets = {f"target_{name}": size for name, size in TARGETS.items()} | {"target_num_layers": 4}
+    prune_language_model(model, targets, lambda m: m(batch["tokens"], batch["position_ids"], None))
+    assert [p.requires_grad for layer in model.decoder.layers for p in layer.mlp.linear_fc2.parameters()] == [False, True, True, True]
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    losses = []
+    for _ in range(5):
+        loss = model(batch["tokens"], batch["position_ids"], None, labels=batch["tokens"].roll(-1, dims=1)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.requires_grad)
+        optimizer.step()
+        losses.append(float(loss))
+    return losses
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("layout", ["TP1PP1", "TP2"])
+def test_pruned_model_trains_on(ranks, layout):
+    losses = ranks(Topology.from_name(layout).world_size).run(_train_on, layout)[0]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] - 0.01
+
+
+def _refuse():
+    """Nothing is changed by a loop that shows nothing, nor in a model that has a weight that pruning does not know."""
+    from nemo_opt.errors import DataError
+    from nemo_opt.prune.pruner import prune_language_model
+    from nemo_opt.testing import pruning as testing
+
+    (model,) = testing.contrasted_model(Topology(), SMALL, "local")
+    before, messages = testing.whole_weights([model]), []
+    with pytest.raises(DataError) as caught:
+        prune_language_model(model, {"target_hidden_size": 8}, lambda _: None)
+    messages.append(str(caught.value))
+    mlp = model.decoder.layers[1].mlp
+    weight = mlp.linear_fc2.weight
+    mlp.linear_fc2.weight = torch.nn.Parameter(torch.ones(16, 48))
+    with pytest.raises(ConfigError) as caught:
+        prune_language_model(model, {"drop_layers": [1]})
+    messages.append(str(caught.value))
+    mlp.linear_fc2.weight = weight
+    assert _equal(testing.whole_weights([model]), before)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    return messages
+
+
+@pytest.mark.ranks
+def test_models_stay_as_they_are_when_they_cannot_be_pruned(ranks):
+    silent, unknown = ranks(1).run(_refuse)[0]
+    assert silent.startswith("layers [1, 2, 3, 4] have seen no data")
+    assert unknown.startswith("decoder.layers.1.mlp.linear_fc2.weight has the shape (16, 48), pruning expects (32, 48)")
+
+
+def _prune_each(name, cases):
+    from nemo_opt.models.build import model_config_of
+    from nemo_opt.prune.importance import measure_importance
+    from nemo_opt.prune.pruner import prune_language_model
+    from nemo_opt.testing import pruning as testing
+    from nemo_opt.training.forward import forward_loop
+
+    topology = Topology.from_name(name)
+    loop = scores = None
+    for case in cases:
+        chunks = testing.contrasted_model(topology, SMALL, "local")
+        loop = loop or forward_loop(testing.batches(count=1), description="test")
+        scores = scores or measure_importance(chunks, loop)
+        targets = {size: value for size, value in zip(TARGETS, case, strict=True) if value is not None}
+        try:
+            prune_language_model(chunks, {f"target_{size}": value for size, value in targets.items()}, scores=scores)
+        except ConfigError:
+            assert model_config_of(chunks[0]) == SMALL
+            assert not _valid(targets, topology.tp), targets
+            continue
+        assert _valid(targets, topology.tp), targets
+        groups = targets.get("num_query_groups", 4)
+        expected = SMALL.to_dict() | {"num_attention_heads": 2 * groups} | targets
+        actual = model_config_of(chunks[0])
+        assert actual.to_dict() | {"kv_channels": actual.head_dim} == expected | {"kv_channels": SMALL.head_dim}
+        assert bool(testing.logits(chunks, testing.batches(count=1)).isfinite().all())
+
+
+def _valid(targets, tp):
+    sizes = SMALL.to_dict() | targets
+    groups = sizes["num_query_groups"]
+    heads = targets.get("num_attention_heads", 2 * groups)
+    return (
+        bool(targets)
+        and all(size <= getattr(SMALL, name) for name, size in targets.items())
+        and (groups % tp == 0 or tp % groups == 0)
+        and heads % groups == heads % tp == sizes["ffn_hidden_size"] % tp == 0
+        and heads <= 2 * groups
+    )
+
+
+_CASES = st.lists(st.tuples(*(st.none() | st.integers(1, highest + 1) for highest in (32, 48, 8, 4, 4))), min_size=4, max_size=8)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("layout", ["TP1PP1", "TP2"])
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cases=_CASES)
+def test_any_target_gives_its_shapes_or_a_named_error(ranks, layout, cases):
+    ranks(Topology.from_name(layout).world_size).run(_prune_each, layout, cases)
