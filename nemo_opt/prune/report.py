@@ -21,6 +21,8 @@ __all__ = ["Axis", "axes_of", "write_report"]
 
 _POINTS = 160
 """Points of a curve."""
+_MARKED = 64
+"""Up to so many things each gets a dot; below `_POINTS`, so that none is thinned away."""
 _PARTS = {"ffn": "MLP channels", "heads": "Query heads", "groups": "Query groups", "experts": "Experts"}
 
 
@@ -134,27 +136,45 @@ def _draw_layers(axis: Axis) -> str:
 
 
 def _draw(axis: Axis) -> str:
-    """Scores of each place in descending order, relative to its largest, with the cut."""
+    """Scores of each place in descending order, relative to its largest, and what stayed."""
 
     def draw(figure: Any) -> None:
         plot = figure.add_subplot()
-        for row in axis.scores:
+        for row, kept in zip(axis.scores, axis.kept, strict=True):
             ranks, values = _thinned(sorted(row, reverse=True))
-            marker = "o" if axis.before <= 64 else None
-            plot.plot(ranks, values, color=COLOURS["main"], linewidth=1.2, alpha=_alpha(len(axis.scores)), marker=marker, markersize=3)
-        if axis.after < axis.before:
+            plot.plot(ranks, values, color=COLOURS["main"], linewidth=1.2, alpha=_alpha(len(axis.scores)))
+            if axis.before <= _MARKED:
+                _mark(plot, ranks, values, _stays(row, kept))
+        if axis.after < axis.before and all(map(_is_top, axis.scores, axis.kept)):
             plot.axvspan(axis.after + 0.5, axis.before + 0.5, color=COLOURS["line"], alpha=0.35, linewidth=0)
             plot.axvline(axis.after + 0.5, color=COLOURS["bad"], linewidth=1.2)
-            plot.annotate(
-                f"cut at {axis.after} of {axis.before}", (axis.after + 0.5, 1.0), xytext=(5, 0), textcoords="offset points",
-                va="top", color=COLOURS["bad"],
-            )  # fmt: skip
+            place: Any = {"xytext": (5, 0), "textcoords": "offset points", "va": "top", "color": COLOURS["bad"]}
+            plot.annotate(f"cut at {axis.after} of {axis.before}", (axis.after + 0.5, 1.0), **place)
         plot.set_xlim(0.5, axis.before + 0.5)
         plot.set_ylim(0, 1.05)
-        plot.set_xlabel(f"{axis.name.lower()}, most important first" + (", a line a layer" if len(axis.scores) > 1 else ""))
+        plot.xaxis.get_major_locator().set_params(integer=True)
+        marks = "; filled ones stay" if axis.before <= _MARKED else ""
+        plot.set_xlabel("most important first" + (", a line a layer" if len(axis.scores) > 1 else "") + marks)
         plot.set_ylabel("importance / largest")
 
     return pages.plot(draw, title=f"Importance of {axis.name.lower()}", height=2.6)
+
+
+def _mark(plot: Any, ranks: list[int], values: list[float], stays: list[bool]) -> None:
+    """A dot for each: filled where it stays. Heads are chosen in each group for itself, so theirs need not be the first ones."""
+    colours = [COLOURS["main"] if stay else COLOURS["back"] for stay in stays]
+    plot.scatter(ranks, values, s=22, c=colours, edgecolors=COLOURS["main"], linewidths=1.0, zorder=3)
+
+
+def _stays(row: list[float], kept: list[int]) -> list[bool]:
+    """Whether each stays, the most important first."""
+    chosen = set(kept)
+    return [index in chosen for index in sorted(range(len(row)), key=lambda index: (-row[index], index not in chosen))]
+
+
+def _is_top(row: list[float], kept: list[int]) -> bool:
+    """Whether no score that is gone is above one that stays."""
+    return all(_stays(row, kept)[: len(kept)])
 
 
 def _alpha(lines: int) -> float:
