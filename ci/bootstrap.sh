@@ -35,17 +35,21 @@ find_python() {
     fi
   done
 }
-base="$(find_python; printf '%s' "$tried" >"$env_dir.tried")"
-tried="$(cat "$env_dir.tried" && rm -f "$env_dir.tried")"
-if [ -z "$base" ]; then
-  printf 'bootstrap: no Python >= 3.12 with venv and ensurepip (megatron-core >= 0.17 needs it). Tried:\n%s\nInstall one, or name it: NEMO_OPT_PYTHON=/path/to/python bash ci/bootstrap.sh\n' "$tried" >&2
-  exit 1
+if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then
+  echo "bootstrap: bringing $env_dir up to date"
+else
+  base="$(find_python; printf '%s' "$tried" >"$env_dir.tried")"
+  tried="$(cat "$env_dir.tried" && rm -f "$env_dir.tried")"
+  if [ -z "$base" ]; then
+    printf 'bootstrap: no Python >= 3.12 with venv and ensurepip (megatron-core >= 0.17 needs it). Tried:\n%s\nInstall one, or name it: NEMO_OPT_PYTHON=/path/to/python bash ci/bootstrap.sh\n' "$tried" >&2
+    exit 1
+  fi
+  echo "bootstrap: $("$base" --version) at $base -> $env_dir (torch is several GB; minutes on a slow network)"
+  "$base" -m venv --clear "$env_dir"
 fi
-
-echo "bootstrap: $("$base" --version) at $base -> $env_dir (torch is several GB; minutes on a slow network)"
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || "$base" -m venv --clear "$env_dir"
-uv="$(command -v uv || true)"
+uv="$(command -v uv || command -v "$env_dir/bin/uv" || true)"
 if [ -z "$uv" ]; then
+  "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null
   "$python" -m pip install -qq --disable-pip-version-check --constraint ci/constraints.txt uv
   uv="$env_dir/bin/uv"
 fi
