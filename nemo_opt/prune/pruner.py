@@ -106,10 +106,11 @@ def _scores(
     """Given, read or measured; saved where that is asked for."""
     if scores is None:
         scores = measure_importance(gpt_model, _forward_loop(data_module, trainer))
-    elif not isinstance(scores, ImportanceScores):
-        scores = ImportanceScores.load(scores, model=model_config_of(gpt_model))
-    scores.check_model(model_config_of(gpt_model))
-    _warn_of_other_weights(gpt_model, scores)
+    else:
+        if not isinstance(scores, ImportanceScores):
+            scores = ImportanceScores.load(scores, model=model_config_of(gpt_model))
+        scores.check_model(model_config_of(gpt_model))
+        _warn_of_other_weights(gpt_model, scores)
     if save_scores is not None:
         scores.save(save_scores)
     return scores

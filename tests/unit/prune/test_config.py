@@ -87,17 +87,52 @@ def test_no_target_is_refused():
         PruningConfig().check_against(TINY)
 
 
-def test_other_query_groups_are_refused_with_the_reason():
-    PruningConfig(target_num_query_groups=4).check_against(TINY)
-    with pytest.raises(ConfigError, match=r"target_num_query_groups 2 != 4.*keeps the groups"):
-        PruningConfig(target_num_query_groups=2).check_against(TINY)
+def _sizes(model=TINY, **targets):
+    return PruningConfig(**{f"target_{name}": size for name, size in targets.items()}).pruned(model)
 
 
-def test_experts_are_refused_except_for_dropping_layers():
-    moe = TINY.with_(num_moe_experts=4)
+def test_pruned_sizes_are_the_targets_and_the_rest():
+    assert _sizes(hidden_size=64) == TINY.with_(hidden_size=64, kv_channels=16)
+    assert _sizes(num_layers=2, ffn_hidden_size=7) == TINY.with_(num_layers=2, ffn_hidden_size=7)
+    assert _sizes(hidden_size=64, num_attention_heads=4).kv_channels is None  # 64 / 4 is the head dimension of before
+    assert PruningConfig(drop_layers=[1, 4]).pruned(TINY) == TINY.with_(num_layers=2)
+
+
+def test_query_groups_that_go_take_their_heads_along():
+    assert _sizes(num_query_groups=3).num_attention_heads == 6
+    assert _sizes(num_query_groups=1, num_attention_heads=2).num_query_groups == 1
+    with pytest.raises(ConfigError, match=r"heads 8 cannot be reached.*2 query groups that stay, which have 4 heads.*nearest: 4$"):
+        _sizes(num_query_groups=2, num_attention_heads=8)
+    with pytest.raises(ConfigError, match=r"target_num_query_groups 5 cannot be reached from num_query_groups 4.*nearest: 4$"):
+        _sizes(num_query_groups=5)
+
+
+def test_experts():
+    moe = TINY.with_(num_moe_experts=8)
     PruningConfig(drop_layers=[1]).check_against(moe)
-    with pytest.raises(ConfigError, match="mixture-of-experts"):
-        PruningConfig(target_hidden_size=64).check_against(moe)
+    assert _sizes(moe, num_moe_experts=2, ffn_hidden_size=64) == moe.with_(num_moe_experts=2, ffn_hidden_size=64)
+    with pytest.raises(ConfigError, match=r"at least moe_router_topk 2; nearest: 2$"):
+        _sizes(moe, num_moe_experts=1)
+    with pytest.raises(ConfigError, match=r"target_num_moe_experts 4 is for mixtures of experts"):
+        _sizes(num_moe_experts=4)
+    with pytest.raises(ConfigError, match=r"a multiple of ep 4; nearest: 4 or 8$"):
+        PruningConfig(target_num_moe_experts=6).check_against(moe, ep=4)
+
+
+@pytest.mark.parametrize(
+    ("targets", "tp", "named"),
+    [
+        ({"ffn_hidden_size": 66}, 4, "is a multiple of tp 4; nearest: 64 or 68$"),
+        ({"num_attention_heads": 4, "num_query_groups": 2}, 8, r"a multiple of tp 8 \(.*nearest: none$"),
+        ({"num_query_groups": 3}, 2, "is a multiple or a divisor of tp 2; nearest: 2 or 4$"),
+        ({"num_query_groups": 1}, 4, "leaves 2 heads, 2 % tp 4 != 0"),
+    ],
+)
+def test_ranks_share_pruned_widths_evenly(targets, tp, named):
+    config = PruningConfig(**{f"target_{name}": size for name, size in targets.items()})
+    config.check_against(TINY)
+    with pytest.raises(ConfigError, match=named):
+        config.check_against(TINY, tp=tp)
 
 
 @pytest.mark.parametrize(

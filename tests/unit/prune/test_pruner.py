@@ -89,7 +89,6 @@ def test_forward_loop_is_passed_on_and_what_is_best_stays(patched):
     model = object()
     assert prune_language_model(model, {"target_hidden_size": 64}, loop) is model
     patched.measure.assert_called_once_with(patched.gpt_model, loop)
-    patched.scores.check_model.assert_called_once_with(preset("tiny"))
     patched.select.assert_called_once_with(patched.scores, {"hidden_size": 64})
     patched.slice_model.assert_called_once_with(patched.gpt_model, "selected")
     patched.scores.save.assert_not_called()
