@@ -11,7 +11,8 @@ Decisions:
 
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,18 +48,28 @@ def slice_model(gpt_model: Any, kept: Kept) -> None:
     old_shards = parameter_shards([gpt_model])
     _check_known(model, old_shards)
     cuts = _Cuts(model, kept)
-    local_layers = [layer.layer_number for layer in gpt_model.decoder.layers]
-    stay = [index for index, number in enumerate(local_layers) if number in kept.layers]
-    record_sizes(gpt_model.config, kept, model, layers_here=len(stay))
-    new = rebuilt(gpt_model, stay)
-    _carry_parameter_marks(gpt_model, new, stay)
-    new_shards = parameter_shards([new])
-    for of_experts, group in enumerate(
-        (parallel_state.get_tensor_model_parallel_group(), parallel_state.get_expert_tensor_and_model_parallel_group())
-    ):
-        old, made = ([s for s in shards if bool(_EXPERT_KEY.match(s.key)) == bool(of_experts)] for shards in (old_shards, new_shards))
-        _exchange(old, made, cuts, group)
+    stay = [index for index, layer in enumerate(gpt_model.decoder.layers) if layer.layer_number in kept.layers]
+    with _restored_on_error(gpt_model.config):
+        record_sizes(gpt_model.config, kept, model, layers_here=len(stay))
+        new = rebuilt(gpt_model, stay)
+        _carry_parameter_marks(gpt_model, new, stay)
+        new_shards = parameter_shards([new])
+        for of_experts, group in enumerate(
+            (parallel_state.get_tensor_model_parallel_group(), parallel_state.get_expert_tensor_and_model_parallel_group())
+        ):
+            old, made = ([s for s in shards if bool(_EXPERT_KEY.match(s.key)) == bool(of_experts)] for shards in (old_shards, new_shards))
+            _exchange(old, made, cuts, group)
     _take_over(gpt_model, new)
+
+
+@contextmanager
+def _restored_on_error(config: Any) -> Iterator[None]:
+    settings = dict(vars(config))
+    try:
+        yield
+    except BaseException:
+        vars(config).update(settings)
+        raise
 
 
 class _Cuts:
@@ -82,34 +93,43 @@ class _Cuts:
         return old_key, self._indices(old_key, layer, dims)
 
     def _indices(self, old_key: str, layer: KeptLayer | None, dims: int) -> list[Sequence[int]]:
-        rows, columns = self._axes(old_key, layer)
+        """Of rows and columns; a bias or a norm has rows only."""
+        rows, columns = self._outside_layers(old_key) if layer is None else self._in_layer(old_key, layer)
         return [rows, columns][:dims]
 
-    def _axes(self, key: str, layer: KeptLayer | None) -> tuple[Sequence[int], Sequence[int]]:
-        """Indices of rows and columns; a bias or a norm has rows only."""
-        name = ".".join(key.split(".")[-2:])
-        if layer is None:
-            is_table = name.startswith(("word_embeddings.", "output_layer."))
-            return (range(self._model.padded_vocab_size), self._hidden) if is_table else (self._hidden, ())
-        if "norm" in name and not name.startswith(("q_layernorm.", "k_layernorm.")):
+    def _outside_layers(self, key: str) -> tuple[Sequence[int], Sequence[int]]:
+        if key in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            return range(self._model.padded_vocab_size), self._hidden
+        if key.startswith("decoder.final_layernorm."):
             return self._hidden, ()
-        head_dim, expert = self._model.head_dim, _EXPERT_KEY.match(key)
+        raise self._unknown(key)
+
+    def _in_layer(self, key: str, layer: KeptLayer) -> tuple[Sequence[int], Sequence[int]]:
+        expert = _EXPERT_KEY.match(key)
         ffn = layer.ffn[int(expert[2]) if expert else 0]
-        module = name.split(".")[0]
-        axes: dict[str, tuple[Sequence[int], Sequence[int]]] = {
-            "linear_qkv": (self._qkv_rows(layer), self._hidden),
-            "linear_proj": (self._hidden, _spread(layer.heads, head_dim)),
-            "linear_fc1": (ffn, self._hidden),
-            "linear_fc2": (self._hidden, ffn),
-            "router": (layer.experts or (), self._hidden),
-            "q_layernorm": (range(head_dim), ()),
-            "k_layernorm": (range(head_dim), ()),
-        }
-        if module not in axes:
-            raise ConfigError(
-                f"{key} is no weight that pruning knows ({sorted(axes)}, norms, embeddings): this model cannot be pruned here"
-            )
-        return axes[module]
+        *modules, name = key.split(".")[3:]
+        path = ".".join(part for part in modules if not part.isdigit())
+        if name.startswith("layer_norm_") or path in ("input_layernorm", "pre_mlp_layernorm"):
+            return self._hidden, ()
+        match path:
+            case "self_attention.linear_qkv":
+                return self._qkv_rows(layer), self._hidden
+            case "self_attention.linear_proj":
+                return self._hidden, _spread(layer.heads, self._model.head_dim)
+            case "self_attention.q_layernorm" | "self_attention.k_layernorm":
+                return range(self._model.head_dim), ()
+            case "mlp.linear_fc1" | "mlp.experts.experts.linear_fc1":
+                return ffn, self._hidden
+            case "mlp.linear_fc2" | "mlp.experts.experts.linear_fc2":
+                return self._hidden, ffn
+            case "mlp.router":
+                return layer.experts or (), self._hidden
+        raise self._unknown(key)
+
+    def _unknown(self, key: str) -> ConfigError:
+        return ConfigError(
+            f"{key} is no weight that pruning knows (attention, MLP, experts, norms, embeddings): this model cannot be pruned"
+        )
 
     def _qkv_rows(self, layer: KeptLayer) -> list[int]:
         """Group by group: its query heads, its key, its value."""
@@ -175,8 +195,8 @@ def _pass_on(piece: _Piece, tensor: torch.Tensor | None, indices: list[Sequence[
         assert tensor is not None
         cut = tensor
         for dim, (kept, span, start) in enumerate(zip(indices, spans, piece.offset, strict=True)):
-            local = torch.tensor([index - start for index in kept[span]], device=tensor.device)
-            cut = cut.index_select(dim, local)
+            if len(kept[span]) < cut.shape[dim]:
+                cut = cut.index_select(dim, torch.tensor([index - start for index in kept[span]], device=tensor.device))
         cut = cut.contiguous()
     else:
         cut = torch.empty(shape, dtype=piece.dtype, device=_device(wanted, tensor))

@@ -335,34 +335,120 @@ def test_pruned_model_trains_on(ranks, layout):
     assert losses[-1] < losses[0] - 0.01
 
 
-def _refuse():
-    """Nothing is changed by a loop that shows nothing, nor in a model that has a weight that pruning does not know."""
-    from nemo_opt.errors import DataError
+def _prune_wrapped():
+    """A half-precision model inside its wrapper, with one parameter in full precision and a hook of the caller's."""
+    from megatron.core.transformer.module import Float16Module
+
+    from nemo_opt.models.build import build_model
+    from nemo_opt.parallel import initialize
     from nemo_opt.prune.pruner import prune_language_model
     from nemo_opt.testing import pruning as testing
 
+    initialize(Topology())
+    (model,) = build_model(SMALL, Topology(), spec="local", dtype=torch.bfloat16)
+    wrapped = Float16Module(model.config, model)
+    norm = model.decoder.layers[3].input_layernorm
+    norm.weight.data = norm.weight.data.float()
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    (batch,) = testing.batches(count=1)
+
+    def loop(gpt_model):
+        gpt_model(batch["tokens"], batch["position_ids"], None)
+
+    model.eval()
+    assert prune_language_model([wrapped], {"target_hidden_size": 16, "target_num_layers": 4}, loop)[0] is wrapped
+    assert wrapped.module is model
+    assert not model.training
+    assert not model.decoder.layers[0].training
+    assert wrapped.config is model.config is model.decoder.config
+    loop(model)
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    return len(calls), [name for name, dtype in dtypes.items() if dtype != torch.bfloat16]
+
+
+@pytest.mark.ranks
+def test_wrapped_models_are_pruned_in_place_and_keep_their_dtypes(ranks):
+    calls, full_precision = ranks(1).run(_prune_wrapped)[0]
+    assert calls == 2
+    assert full_precision == ["decoder.layers.3.input_layernorm.weight"]
+
+
+def _digests():
+    from nemo_opt.prune.digest import weights_digest
+    from nemo_opt.testing import pruning as testing
+
+    def changed(change):
+        with torch.no_grad():
+            before = weight.clone()
+            change()
+            result = weights_digest(model)
+            weight.copy_(before)
+        return result
+
     (model,) = testing.contrasted_model(Topology(), SMALL, "local")
-    before, messages = testing.whole_weights([model]), []
-    with pytest.raises(DataError) as caught:
-        prune_language_model(model, {"target_hidden_size": 8}, lambda _: None)
-    messages.append(str(caught.value))
+    weight = model.decoder.layers[0].mlp.linear_fc2.weight
+    plain = weights_digest(model)
+    others = [
+        changed(lambda: weight[0, 0].neg_()),
+        changed(lambda: weight.copy_(weight.roll(1, dims=0))),
+        changed(lambda: weight.copy_(weight.roll(1, dims=1))),
+        changed(lambda: weight.add_(torch.eye(32, 48) * 1e-6)),
+    ]
+    return plain, weights_digest(model), others
+
+
+@pytest.mark.ranks
+def test_digest_tells_weights_apart(ranks):
+    plain, again, others = ranks(1).run(_digests)[0]
+    assert again == plain
+    assert len({plain, *others}) == 5
+
+
+def _refuse():
+    """Nothing is changed by a loop that shows nothing or fails, nor in a model with weights that pruning does not know."""
+    from unittest.mock import patch
+
+    from nemo_opt.errors import DataError
+    from nemo_opt.models.build import model_config_of
+    from nemo_opt.prune import slicing
+    from nemo_opt.prune.pruner import prune_language_model
+    from nemo_opt.testing import pruning as testing
+
+    def refused(kind, config, loop=None):
+        with pytest.raises(kind) as caught:
+            prune_language_model(model, config, loop)
+        messages.append(str(caught.value))
+
+    (model,) = testing.contrasted_model(Topology(), SMALL, "local")
+    before, settings, messages = testing.whole_weights([model]), dict(vars(model.config)), []
+    refused(DataError, {"target_hidden_size": 8}, lambda _: None)
+    refused(ZeroDivisionError, {"target_hidden_size": 8}, lambda _: 1 / 0)
+    with patch.object(slicing, "rebuilt", side_effect=MemoryError("no room")):
+        refused(MemoryError, {"drop_layers": [1]})
     mlp = model.decoder.layers[1].mlp
     weight = mlp.linear_fc2.weight
     mlp.linear_fc2.weight = torch.nn.Parameter(torch.ones(16, 48))
-    with pytest.raises(ConfigError) as caught:
-        prune_language_model(model, {"drop_layers": [1]})
-    messages.append(str(caught.value))
+    refused(ConfigError, {"drop_layers": [1]})
     mlp.linear_fc2.weight = weight
+    for holder, name in ((model, "extra"), (mlp, "extra")):
+        holder.add_module(name, torch.nn.Linear(2, 2, bias=False))
+        refused(ConfigError, {"drop_layers": [1]})
+        delattr(holder, name)
     assert _equal(testing.whole_weights([model]), before)
+    assert vars(model.config) == settings
+    assert model_config_of(model) == SMALL
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     return messages
 
 
 @pytest.mark.ranks
 def test_models_stay_as_they_are_when_they_cannot_be_pruned(ranks):
-    silent, unknown = ranks(1).run(_refuse)[0]
+    silent, _, _, shape, outside, inside = ranks(1).run(_refuse)[0]
     assert silent.startswith("layers [1, 2, 3, 4] have seen no data")
-    assert unknown.startswith("decoder.layers.1.mlp.linear_fc2.weight has the shape (16, 48), pruning expects (32, 48)")
+    assert shape.startswith("decoder.layers.1.mlp.linear_fc2.weight has the shape (16, 48), pruning expects (32, 48)")
+    assert outside.startswith("extra.weight is no weight that pruning knows")
+    assert inside.startswith("decoder.layers.1.mlp.extra.weight is no weight that pruning knows")
 
 
 def _prune_each(name, cases):
