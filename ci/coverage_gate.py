@@ -1,4 +1,7 @@
-"""Fails when a module of nemo_opt (but cpu/ and scripts/) has less than 90 % of its lines covered. Reads .coverage, run by `tox -e coverage`."""
+"""Fails when a module of nemo_opt (but cpu/ and scripts/) has less than 90 % of its lines covered.
+
+Reads .coverage; run by `tox -e coverage`.
+"""
 
 import json
 import subprocess

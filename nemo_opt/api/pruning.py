@@ -9,9 +9,9 @@ import nemo_opt._stack
 from nemo_opt.api import checks
 from nemo_opt.api._session import Feed, count_parameters, open_feed, session, world_size
 from nemo_opt.api.results import PruneResult
-from nemo_opt.checkpoint.collective import on_first
 from nemo_opt.checkpoint.info import CheckpointInfo, read_info
 from nemo_opt.checkpoint.load import restore_model
+from nemo_opt.collective import on_first
 from nemo_opt.data.config import DataConfig
 from nemo_opt.models.build import Spec, model_config_of
 from nemo_opt.parallel import Topology

@@ -16,7 +16,6 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from nemo_opt.checkpoint.amax_sharding import repair_amax_sharding
-from nemo_opt.checkpoint.collective import on_each, on_first, rank, world_size
 from nemo_opt.checkpoint.info import CheckpointInfo, verify
 from nemo_opt.checkpoint.manifest import check_contents, read_manifest
 from nemo_opt.checkpoint.modelopt_state import is_converted, restore_modelopt_state
@@ -32,6 +31,7 @@ from nemo_opt.checkpoint.state import (
     model_state,
     rng_state,
 )
+from nemo_opt.collective import on_each, on_first, rank, world_size
 from nemo_opt.errors import CheckpointError
 from nemo_opt.models.build import Spec, build_model, model_config_of, unwrap
 from nemo_opt.parallel import Topology, current_topology

@@ -17,7 +17,6 @@ import nemo_opt._stack
 from nemo_opt import __version__
 from nemo_opt.checkpoint.amax_sharding import repair_amax_sharding
 from nemo_opt.checkpoint.atomic import check_target, create_beside, discard, publish, remove_stale
-from nemo_opt.checkpoint.collective import on_each, on_first, rank, world_size
 from nemo_opt.checkpoint.info import TOKENIZER_NAME, WEIGHTS_NAME, CheckpointInfo, write_info
 from nemo_opt.checkpoint.manifest import hash_files, list_files, write_manifest
 from nemo_opt.checkpoint.modelopt_state import is_converted, needed_state, save_modelopt_state
@@ -25,6 +24,7 @@ from nemo_opt.checkpoint.optimizer import optimizer_state
 from nemo_opt.checkpoint.sizes import check_same_model
 from nemo_opt.checkpoint.state import local_bytes, model_state, rng_state
 from nemo_opt.checkpoint.writer import check_space, write_sharded
+from nemo_opt.collective import on_each, on_first, rank, world_size
 from nemo_opt.errors import CheckpointError, ConfigError
 from nemo_opt.models.build import model_config_of, spec_of
 from nemo_opt.models.config import ModelConfig

@@ -17,8 +17,8 @@ from megatron.core.dist_checkpointing.dict_utils import extract_matching_values,
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor, ShardedTensorFactory, is_main_replica
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from nemo_opt.checkpoint.collective import on_each, rank, world_size
 from nemo_opt.checkpoint.rng import random_states
+from nemo_opt.collective import on_each, rank, world_size
 from nemo_opt.errors import CheckpointError
 from nemo_opt.models.build import unwrap
 

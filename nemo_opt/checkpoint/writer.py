@@ -25,7 +25,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
-from nemo_opt.checkpoint.collective import on_each, on_first
+from nemo_opt.collective import on_each, on_first
 from nemo_opt.errors import CheckpointError, UpstreamMovedError
 
 __all__ = ["check_space", "write_sharded"]

@@ -25,7 +25,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from nemo_opt.data._collective import on_rank_zero
+from nemo_opt.collective import on_first
 from nemo_opt.data.config import DataConfig, parse_split
 from nemo_opt.data.corpus import read_documents
 from nemo_opt.data.indexed import build_indexed
@@ -49,16 +49,16 @@ def build_datasets(config: DataConfig, tokenizer: Tokenizer, train_samples: int,
     _check_samples(config, train_samples, valid_samples)
     if config.mock:
         return _build(MockGPTDataset, _megatron_config(config, tokenizer, None, None), train_samples, valid_samples)
-    on_rank_zero(config.check)
+    on_first(config.check)
     sources = [_indexed(source, tokenizer, config) for source in config.sources]
-    on_rank_zero(lambda: _check_contents(sources, config, tokenizer, valid_samples))
+    on_first(lambda: _check_contents(sources, config, tokenizer, valid_samples))
     blend = _blend(sources)
     final = config.cache_dir / "indices" / _fingerprint(config, tokenizer, sources, train_samples, valid_samples)
-    cache = on_rank_zero(lambda: final if final.is_dir() else _directory_beside(final))
+    cache = on_first(lambda: final if final.is_dir() else _directory_beside(final))
     datasets = _build(GPTDataset, _megatron_config(config, tokenizer, blend, cache), train_samples, valid_samples)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # the other ranks open the files that rank 0 built; only then may their directory be renamed
-    on_rank_zero(lambda: _publish(cache, final))
+    on_first(lambda: _publish(cache, final))
     return datasets
 
 
@@ -73,7 +73,7 @@ def _indexed(source: DataSource, tokenizer: Tokenizer, config: DataConfig) -> Da
     """The source itself, or the cached .bin/.idx of its text."""
     if source.kind == "indexed":
         return source
-    prefix = on_rank_zero(lambda: _tokenise(source.path, tokenizer, config.cache_dir / "tokens"))
+    prefix = on_first(lambda: _tokenise(source.path, tokenizer, config.cache_dir / "tokens"))
     return DataSource(path=prefix, kind="indexed", weight=source.weight)
 
 

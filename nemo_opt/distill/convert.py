@@ -1,20 +1,19 @@
 """From a student and a teacher to one distillation model that Megatron-Core runs, and back to the student."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import nemo_opt._stack
 
 import modelopt.torch.distill as mtd
-import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from modelopt.torch.utils.network import init_model_from_model_like
 
+from nemo_opt.collective import on_each
 from nemo_opt.distill.adjust import adjust_distillation_model_for_mcore, distillation_model, remove_adjustments
 from nemo_opt.distill.config import DistillationConfig
-from nemo_opt.distill.criterion import LossBalancer, build_criterion
+from nemo_opt.distill.criterion import Criterion, LossBalancer, build_criterion
 from nemo_opt.errors import ConfigError
 from nemo_opt.models.build import model_config_of, unwrap
 from nemo_opt.parallel import Topology
@@ -44,7 +43,7 @@ def convert_to_distillation_model(student_chunks: Any, teacher: Any, distill_cfg
     distill_cfg.check_topology(_topology_of(student))
     teacher_model = _bare(init_model_from_model_like(teacher) if isinstance(teacher, tuple) else teacher, "teacher")
     _check_models(student, teacher_model, distill_cfg)
-    criterion = _on_last_stage(lambda: build_criterion(distill_cfg, student.config, teacher_model.config))
+    criterion = _criterion(distill_cfg, student, teacher_model)
     balancer = distill_cfg.loss_balancer or LossBalancer(kd_loss_scale=distill_cfg.kd_loss_scale, skip_lm_loss=distill_cfg.skip_lm_loss)
     settings = {"teacher_model": teacher_model, "criterion": criterion, "loss_balancer": balancer}
     model = mtd.convert(student, mode=[("kd_loss", settings)])
@@ -101,17 +100,13 @@ def _check_models(student: GPTModel, teacher: GPTModel, config: DistillationConf
     config.check_layers(*sizes)
 
 
-def _on_last_stage(build: Callable[[], dict[tuple[str, str], torch.nn.Module]]) -> dict[tuple[str, str], torch.nn.Module]:
-    """What `build` returns on the last pipeline stage, {} on others; its refusal reaches all, or the others would wait for a message."""
-    built: dict[tuple[str, str], torch.nn.Module] = {}
-    refusal: str | None = None
-    if parallel_state.is_pipeline_last_stage():
-        try:
-            built = build()
-        except ConfigError as error:
-            refusal = str(error)
-    refusals: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(refusals, refusal)
-    if first := next((text for text in refusals if text), None):
-        raise ConfigError(first)
+def _criterion(config: DistillationConfig, student: GPTModel, teacher: GPTModel) -> Criterion:
+    """The losses on the last pipeline stage, {} on others; its refusal reaches all, or the others would wait for a message."""
+    built: Criterion = {}
+
+    def build() -> None:
+        if parallel_state.is_pipeline_last_stage():
+            built.update(build_criterion(config, student.config, teacher.config))
+
+    on_each(build)
     return built

@@ -10,14 +10,13 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import nemo_opt._stack
 
 import torch
-import torch.distributed as dist
 
 from nemo_opt.checkpoint import atomic
+from nemo_opt.collective import on_first
 from nemo_opt.errors import CheckpointError, ConfigError
 from nemo_opt.models.config import ModelConfig
 from nemo_opt.models.huggingface_config import config_from_hf, config_to_hf, special_token_ids
@@ -108,11 +107,11 @@ def export_hf(
         assert export is not None
         export.finish()
 
-    _on_rank_zero(begin)
+    on_first(_named(begin))
     for key, tensor in full_tensors(shards):
         if export is not None and tensor is not None:
             export.add(key, tensor)
-    _on_rank_zero(end)
+    on_first(_named(end))
     return out_dir
 
 
@@ -200,16 +199,15 @@ def _refuse_quantized(chunks: Sequence[torch.nn.Module]) -> None:
         raise ConfigError("the model has quantizers, which this export would drop: use nemo_opt.quantize, or export before quantizing")
 
 
-def _on_rank_zero(action: Callable[[], None]) -> None:
-    """Runs `action` on rank 0; its error is raised on every rank, so that none waits for messages that will not come."""
-    outcome: list[Any] = [None]
-    if dist.get_rank() == 0:
+def _named(action: Callable[[], None]) -> Callable[[], None]:
+    """`action` with the errors of disk and files as this module's own."""
+
+    def attempt() -> None:
         try:
             action()
-        except (CheckpointError, ConfigError) as error:
-            outcome = [error]
+        except (CheckpointError, ConfigError):
+            raise
         except (OSError, RuntimeError, ValueError) as error:
-            outcome = [CheckpointError(f"export failed: {type(error).__name__}: {error}")]
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[0] is not None:
-        raise outcome[0]
+            raise CheckpointError(f"export failed: {type(error).__name__}: {error}") from error
+
+    return attempt

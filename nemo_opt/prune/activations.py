@@ -36,7 +36,7 @@ class LayerActivations:
         """Of the outputs of this rank's experts, the sum of L2 norms over tokens, [experts of this rank]."""
         self.expert_tokens: torch.Tensor | None = None
         """Tokens that reached each of this rank's experts."""
-        self.influence = 0.0
+        self.influence: torch.Tensor | None = None
         """Over micro-batches, the mean of 1 - cos(input, output) over tokens."""
         self.tokens = 0
         """Tokens of this data-parallel rank that have passed."""
@@ -127,7 +127,7 @@ def _influence_hook(record: LayerActivations, group: Any) -> Any:
         cosine_SB = torch.nn.functional.cosine_similarity(before_SBH, output[0].detach().float(), dim=-1)
         change = _summed((1 - cosine_SB).sum(dtype=torch.float64), group)
         tokens = cosine_SB.numel() * group.size()
-        record.influence += float(change) / tokens
+        record.add("influence", change / tokens)
         record.tokens += tokens
 
     return hook

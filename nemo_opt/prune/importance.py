@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from nemo_opt.checkpoint.collective import on_first
+from nemo_opt.collective import on_first
 from nemo_opt.errors import ConfigError, DataError
 from nemo_opt.models.build import model_config_of, unwrap
 from nemo_opt.models.config import ModelConfig
@@ -149,8 +149,8 @@ def _whole_layer(record: LayerActivations, model: ModelConfig) -> _Layer:
     """Put together what data, tensor and expert parallel ranks have of one layer."""
     tp, dp = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
     heads = _side_by_side(_sum_over(record.heads, dp), tp).view(model.num_attention_heads, -1).sum(dim=1).cpu()
-    counts = torch.tensor([record.influence, record.tokens], dtype=torch.float64, device=_tensor(record.heads).device)
-    influence, tokens = _sum_over(counts, dp).tolist()
+    influence = _tensor(record.influence)
+    influence, tokens = _sum_over(torch.stack([influence, torch.full_like(influence, record.tokens)]), dp).tolist()
     layer: _Layer = {
         "norms": [_sum_over(norm, dp).sqrt().cpu() for norm in record.norms],
         "heads": heads.sqrt(),

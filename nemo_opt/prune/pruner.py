@@ -24,7 +24,7 @@ from nemo_opt.prune.digest import weights_digest
 from nemo_opt.prune.importance import ImportanceScores, measure_importance
 from nemo_opt.prune.search import ScoreFunction, search_architecture
 from nemo_opt.prune.selection import keep_layers, select
-from nemo_opt.prune.slicing import slice_model
+from nemo_opt.prune.slicing import check_weights, slice_model
 from nemo_opt.training.forward import Batch, ForwardLoop, forward_loop
 
 __all__ = ["PruningData", "TrainData", "prune_language_model", "save_pruned_model"]
@@ -82,6 +82,7 @@ def prune_language_model(
     config.check_against(sizes, tp=layout.tensor_model_parallel_size, ep=layout.expert_model_parallel_size)
     if config.limits and score_function is None:
         raise ConfigError(f"a search by {sorted(config.limits)} chooses the best candidate by a score: pass score_function")
+    check_weights(gpt_model)
     if config.drop_layers is not None:
         if scores is not None or save_scores is not None:
             raise ConfigError("drop_layers names the layers, so nothing is measured: leave scores and save_scores out")

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from nemo_opt.collective import on_each
 from nemo_opt.device import local_device
 from nemo_opt.errors import ConfigError
 from nemo_opt.models.build import model_config_of, rebuilt
@@ -30,23 +31,25 @@ from nemo_opt.models.shards import Shard, parameter_shards
 from nemo_opt.prune.selection import Kept, KeptLayer, keep_layers
 from nemo_opt.prune.stages import record_sizes
 
-__all__ = ["slice_model"]
+__all__ = ["check_weights", "slice_model"]
 
 _LAYER_KEY = re.compile(r"(decoder\.layers\.)(\d+)(\..*)")
 _EXPERT_KEY = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
 
 
+def check_weights(gpt_model: Any) -> None:
+    """Raise `ConfigError`, on every rank, if a weight of any rank is unknown to pruning or has an unexpected shape; collective."""
+    on_each(lambda: _check_known(model_config_of(gpt_model), parameter_shards([gpt_model])))
+
+
 @torch.no_grad()
 def slice_model(gpt_model: Any, kept: Kept) -> None:
-    """Cut an unwrapped GPTModel, this rank's only chunk, to `kept`; collective. Its submodules and parameters are new objects afterwards.
+    """Cut an unwrapped GPTModel, this rank's only chunk, which `check_weights` accepts, to `kept`; collective.
 
-    Raises:
-        ConfigError: The model has a weight that pruning does not know; nothing has been changed then.
-
+    Its submodules and parameters are new objects afterwards. After an error it is what it was.
     """
     model = model_config_of(gpt_model)
     old_shards = parameter_shards([gpt_model])
-    _check_known(model, old_shards)
     cuts = _Cuts(model, kept)
     stay = [index for index, layer in enumerate(gpt_model.decoder.layers) if layer.layer_number in kept.layers]
     with _restored_on_error(gpt_model.config):

@@ -19,8 +19,8 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from modelopt.torch.quantization.utils import is_quantized
 
 from nemo_opt.checkpoint.amax_sharding import repair_amax_sharding
-from nemo_opt.checkpoint.collective import on_each
 from nemo_opt.checkpoint.save import save_checkpoint
+from nemo_opt.collective import on_each
 from nemo_opt.errors import ConfigError, DataError
 from nemo_opt.models.build import unwrap
 from nemo_opt.parallel import Topology, current_topology

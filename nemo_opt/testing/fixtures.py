@@ -288,7 +288,7 @@ def _write_facts(fixtures: Fixtures, recipe: Recipe, results: dict[str, Result],
 def make(root: str, recipe: Recipe) -> dict[str, Result]:
     """Dataset, teacher, student and the Hugging Face directory, into `root`; called on every rank, all data parallel."""
     from nemo_opt.api import export_ckpt
-    from nemo_opt.data._collective import on_rank_zero
+    from nemo_opt.collective import on_first
     from nemo_opt.data.corpus import read_documents
     from nemo_opt.data.indexed import build_indexed
     from nemo_opt.data.tokenizer import load_tokenizer
@@ -296,7 +296,7 @@ def make(root: str, recipe: Recipe) -> dict[str, Result]:
 
     fixtures = Fixtures(Path(root))
     dp = start_world()
-    on_rank_zero(lambda: build_indexed(read_documents(fixtures.corpus), load_tokenizer(fixtures.tokenizer), fixtures.dataset))
+    on_first(lambda: build_indexed(read_documents(fixtures.corpus), load_tokenizer(fixtures.tokenizer), fixtures.dataset))
     teacher = _train(fixtures, recipe, recipe.teacher, recipe.teacher_steps, fixtures.teacher, dp)
     student = _train(fixtures, recipe, recipe.student, recipe.student_steps, fixtures.student, dp)
     export_ckpt(checkpoint=str(fixtures.teacher), output=str(fixtures.teacher_hf), topology=Topology())

@@ -33,6 +33,7 @@ def patched():
         patch(f"{HERE}.select", return_value="selected") as select,
         patch(f"{HERE}.keep_layers", return_value="all but some") as keep_layers,
         patch(f"{HERE}.slice_model") as slice_model,
+        patch(f"{HERE}.check_weights") as check_weights,
         patch(f"{HERE}.weights_digest", return_value="these weights") as digest,
         patch(f"{HERE}.dist.get_rank", return_value=0) as rank,
         patch(f"{HERE}.forward_loop", side_effect=lambda batches, description: list(batches)) as forward_loop,
@@ -151,6 +152,15 @@ def test_no_data_is_refused(patched):
 def test_unreachable_target_is_refused_before_data(patched):
     with pytest.raises(ConfigError, match="nearest: 128"):
         prune_language_model(object(), PruningConfig(target_hidden_size=4096))
+    assert untouched(patched)
+
+
+@pytest.mark.parametrize("config", [{"drop_layers": [2]}, {"target_num_layers": 2}])
+def test_unknown_weights_are_refused_before_data(patched, config):
+    patched.check_weights.side_effect = ConfigError("no weight that pruning knows")
+    with pytest.raises(ConfigError, match="no weight"):
+        prune_language_model(object(), config, [1])
+    patched.check_weights.assert_called_once_with(patched.gpt_model)
     assert untouched(patched)
 
 

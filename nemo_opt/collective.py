@@ -1,11 +1,13 @@
 """An action on one rank, or on each, whose failure every rank hears of.
 
-Without this a rank that fails alone leaves the others waiting in their next collective until its timeout. Outside of a process
-group the actions simply run.
+Without this a rank that fails alone leaves the others waiting in their next collective until its timeout. Outside of a process group the
+actions simply run. An action must not communicate itself. It may take hours (tokenising a large text) and the others must not time out
+meanwhile, nor wait without a limit: rank 0 tells them every few seconds that it is still at work, so each single wait is short.
 """
 
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import torch.distributed as dist
@@ -13,6 +15,8 @@ import torch.distributed as dist
 from nemo_opt.errors import NemoOptError
 
 __all__ = ["on_each", "on_first", "rank", "world_size"]
+
+_HEARTBEAT_S = 5.0
 
 
 def rank() -> int:
@@ -26,12 +30,24 @@ def world_size() -> int:
 
 
 def on_first[T](action: Callable[[], T]) -> T:
-    """Runs `action` on rank 0 and gives its (picklable) result to every rank; its error is raised on every rank."""
+    """Runs `action` on rank 0, in a thread of its own, and gives its (picklable) result to every rank.
+
+    Raises:
+        NemoOptError: On every rank, as rank 0 raised it.
+        RuntimeError: On every rank, for any other error of rank 0, with its traceback.
+
+    """
     if world_size() == 1:
         return action()
-    outcome: list[Any] = [_attempt(action) if rank() == 0 else None]
-    dist.broadcast_object_list(outcome, src=0)
-    return _result(outcome[0])
+    if rank() != 0:
+        return _result(_listen())
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        future = executor.submit(_attempt, action)
+        while not wait([future], timeout=_HEARTBEAT_S).done:
+            dist.broadcast_object_list([None], src=0)
+        outcome = future.result()
+        dist.broadcast_object_list([outcome], src=0)
+    return _result(outcome)
 
 
 def on_each[T](action: Callable[[], T]) -> list[T]:
@@ -41,6 +57,13 @@ def on_each[T](action: Callable[[], T]) -> list[T]:
     outcomes: list[Any] = [None] * world_size()
     dist.all_gather_object(outcomes, _attempt(action))
     return [_result(outcome) for outcome in outcomes]
+
+
+def _listen() -> Any:
+    box: list[Any] = [None]
+    while box[0] is None:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def _attempt[T](action: Callable[[], T]) -> tuple[T | None, Exception | None]:

@@ -1,6 +1,10 @@
-import pytest
+import time
 
-from nemo_opt.checkpoint.collective import on_each, on_first, rank, world_size
+import pytest
+import torch.distributed as dist
+
+from nemo_opt import collective
+from nemo_opt.collective import on_each, on_first, rank, world_size
 from nemo_opt.errors import CheckpointError
 
 
@@ -38,3 +42,25 @@ def test_every_rank_sees_results_and_failures(ranks):
         assert seen[2] == ("CheckpointError", "known", "known")
         assert seen[3] == ("RuntimeError", "rank 0 failed:", "KeyError: 'bug'")
         assert seen[4] == ("CheckpointError", "on one", "on one")
+
+
+def work_slowly():
+    """What is sent while rank 0 works for longer than a heartbeat."""
+    sent = []
+    broadcast, heartbeat = dist.broadcast_object_list, collective._HEARTBEAT_S
+    collective._HEARTBEAT_S = 0.02
+    dist.broadcast_object_list = lambda box, src: (broadcast(box, src=src), sent.append(box[0]))[0]
+    try:
+        return on_first(lambda: time.sleep(0.3) or "done"), sent
+    finally:
+        dist.broadcast_object_list, collective._HEARTBEAT_S = broadcast, heartbeat
+
+
+@pytest.mark.ranks
+def test_no_wait_is_longer_than_a_heartbeat(ranks):
+    """Tokenising may take longer than any timeout of a process group."""
+    (one, sent), (two, heard) = ranks(2).run(work_slowly)
+    assert one == two == "done"
+    assert sent == heard
+    assert sent[-1] == ("done", None)
+    assert len(sent) > 3
