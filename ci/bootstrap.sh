@@ -53,6 +53,7 @@ if [ -z "$uv" ]; then
   "$python" -m pip install -qq --disable-pip-version-check --constraint ci/constraints.txt uv
   uv="$env_dir/bin/uv"
 fi
-"$uv" pip install --quiet --python "$python" --constraint ci/constraints.txt --editable '.[dev]'
+# Bytecode, as pip makes it: where Python may not write it, each process would compile the stack anew (measured: 18 s to import, 9 s with).
+"$uv" pip install --quiet --compile-bytecode --python "$python" --constraint ci/constraints.txt --editable '.[dev]'
 echo "$want" >"$stamp"
 echo "bootstrap: ready in ${SECONDS} s ($("$python" -c 'import importlib.metadata as m; print(", ".join(p + " " + m.version(p) for p in ("torch", "megatron-core", "nvidia-modelopt", "transformers")))'))"

@@ -44,7 +44,13 @@ def plot(draw: Callable[[Any], None], *, title: str, width: float = 8.0, height:
 
     text, line = COLOURS["text"], COLOURS["line"]
     style: Any = {"axes.edgecolor": line, "axes.labelcolor": text, "xtick.color": text, "ytick.color": text, "text.color": text}
-    quiet: Any = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "svg.fonttype": "none", "svg.hashsalt": title}
+    quiet: Any = {
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+        "svg.fonttype": "none",
+        "svg.hashsalt": title,
+    }
     with mpl.rc_context({**style, **quiet, "font.size": 9.0}):
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure)

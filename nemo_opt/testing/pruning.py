@@ -44,11 +44,11 @@ def _places_of_this_rank() -> torch.Tensor:
     return torch.cat([slices[rank], slices[2 * size - 1 - rank]])
 
 
-def contrasted_model(topology: Topology, config: ModelConfig, spec: Spec) -> list[Any]:
+def contrasted_model(topology: Topology, config: ModelConfig, spec: Spec, **overrides: Any) -> list[Any]:
     """A model whose channels, heads and layers matter differently: a fresh one's are alike, and the choice would be rounding's."""
     if current_topology() is None:
         initialize(topology)
-    chunks = build_model(config, topology, spec=spec, seed=5)
+    chunks = build_model(config, topology, spec=spec, seed=5, **overrides)
     with torch.no_grad():
         for chunk in chunks:
             for name, parameter in sorted(chunk.named_parameters()):

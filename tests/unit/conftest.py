@@ -1,5 +1,7 @@
 """Fixtures of the unit tests: warm rank processes, shared by the whole session."""
 
+import gc
+
 import pytest
 
 from nemo_opt.testing import ranks as rank_pools
@@ -16,6 +18,12 @@ def pytest_pycollect_makemodule(module_path):
         import nemo_opt._stack
     if b"pytest.mark.ranks" in source:
         rank_pools.prepare()
+
+
+def pytest_collection_finish():
+    """The stack's objects live until the end: each collection (every layout that ends does one) would visit a million of them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,8 @@
 """The command line, with the launch replaced by a recorder, and how results look."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -232,3 +234,8 @@ def test_upkeep(monkeypatch, tmp_path, capsys):
     assert calls[0] is built
     assert (calls[1]["tier"], calls[1]["only"]) == ("L2", ["Prune"])
     assert calls[2] == tmp_path
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "nemo_opt.cli", "--version"], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout.split()[0]) == (0, "nemo-opt")

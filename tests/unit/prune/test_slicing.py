@@ -214,7 +214,14 @@ def test_experts_are_scored_by_the_tokens_that_reach_them(ranks, spec):
 WIDTHS = {"hidden_size": 20, "ffn_hidden_size": 24, "num_attention_heads": 4, "num_layers": 2}  # what ModelOpt prunes
 
 
-def _modelopt_against_ours(name):
+OVERRIDES = {  # of Megatron-Core's configuration
+    "Llama": {},
+    "biases": {"add_bias_linear": True, "add_qkv_bias": True, "qk_layernorm": True, "layernorm_zero_centered_gamma": True},
+    "LayerNorm": {"normalization": "LayerNorm", "gated_linear_unit": False, "layernorm_zero_centered_gamma": True},
+}
+
+
+def _modelopt_against_ours(name, kind):
     import modelopt.torch.prune as mtp
     from modelopt.torch.prune.plugins.mcore_minitron import get_mcore_minitron_config
 
@@ -223,7 +230,7 @@ def _modelopt_against_ours(name):
     from nemo_opt.training.forward import forward_loop
 
     topology = Topology.from_name(name)
-    (theirs,), ours = (testing.contrasted_model(topology, SMALL, "te") for _ in range(2))
+    (theirs,), ours = (testing.contrasted_model(topology, SMALL, "te", **OVERRIDES[kind]) for _ in range(2))
     shown = testing.batches(count=4)
     mode = get_mcore_minitron_config(hidden_size_divisor=20, ffn_hidden_size_divisor=24, num_layers_divisor=2)
     loop = forward_loop(shown, description="test")
@@ -248,9 +255,9 @@ def _modelopt_against_ours(name):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("layout", ["TP1PP1", "PP2"])
-def test_modelopt_keeps_the_same(ranks, layout):
-    for result in ranks(Topology.from_name(layout).world_size).run(_modelopt_against_ours, layout):
+@pytest.mark.parametrize(("layout", "kind"), [("TP1PP1", "Llama"), ("PP2", "Llama"), ("TP1PP1", "biases"), ("TP1PP1", "LayerNorm")])
+def test_modelopt_keeps_the_same(ranks, layout, kind):
+    for result in ranks(Topology.from_name(layout).world_size).run(_modelopt_against_ours, layout, kind):
         assert result["names"]
         assert result["values"]
         assert result["logits"] < TOLERANCE

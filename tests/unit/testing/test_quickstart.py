@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from nemo_opt.api.results import DistillResult, EvalResult, PruneResult, PtqResult
+from nemo_opt.api.results import DistillResult, EvalResult, ExportResult, PruneResult, PtqResult
 from nemo_opt.errors import ConfigError
 from nemo_opt.testing import fixtures, quickstart
 from nemo_opt.testing.quickstart_report import plot, print_table, write_html
@@ -120,6 +120,64 @@ def test_page_without_matplotlib(record, tmp_path, monkeypatch):
     assert plot(record["rows"]) == ""
     write_html(record, tmp_path / "p.html")
     assert "<svg" not in (tmp_path / "p.html").read_text()
+
+
+class TestSteps:
+    """The steps with the API replaced by canned results: who gets whose output, where, and what comes of it."""
+
+    @pytest.fixture
+    def calls(self, monkeypatch):
+        from nemo_opt import api
+
+        calls = []
+        exported = ExportResult(**FACTS | {"path": "HF"}, source="D", bytes_after=1)
+        results = {"ptq": PTQ, "prune": replace(PRUNE, path="PRUNED"), "distill": replace(DISTILL, path="D"), "export_ckpt": exported}
+        # in order: the teacher, the FP8 model elsewhere, the export in transformers
+        losses = iter([5.0, PTQ.loss_after, DISTILL.loss_after])
+
+        def recorder(name):
+            def call(**settings):
+                print("a long table of ModelOpt's")
+                calls.append((name, settings))
+                return replace(EVAL, loss=next(losses)) if name == "evaluate" else results[name]
+
+            return call
+
+        for name in ("evaluate", *results):
+            monkeypatch.setattr(api, name, recorder(name))
+        return calls
+
+    def test_each_step_builds_on_the_one_before(self, made, calls, tmp_path, capsys):
+        rows = quickstart.run_steps(root=str(made.root), output=str(tmp_path), steps=5)
+        assert [row.good for row in rows] == [True] * 7
+        assert [(name, settings["topology"].name) for name, settings in calls] == [
+            ("evaluate", "TP2PP1"),
+            ("ptq", "TP2PP1"),
+            ("evaluate", "TP1PP2"),
+            ("ptq", "TP1PP2"),
+            ("prune", "TP1PP2"),
+            ("distill", "TP1PP2"),
+            ("export_ckpt", "TP2PP1"),
+            ("evaluate", "TP1PP1"),
+        ]
+        by_step = [settings for _, settings in calls]
+        assert by_step[0]["path"] == by_step[1]["checkpoint"] == by_step[4]["checkpoint"] == by_step[5]["teacher"] == str(made.teacher)
+        assert (by_step[2]["path"], by_step[5]["student"], by_step[6]["checkpoint"], by_step[7]["path"]) == ("OUT", "PRUNED", "D", "HF")
+        assert by_step[3]["spec"] == "local"
+        # every loss is measured on the same 64 samples
+        assert by_step[5]["data"].micro_batch_size * by_step[5]["eval_batches"] == 64
+        assert by_step[7]["data"].micro_batch_size * by_step[7]["eval_batches"] * 2 == 64
+        output = capsys.readouterr().out
+        assert "pruning at PP2" in output
+        assert "a long table" not in output
+        assert "a long table" in (tmp_path / "quickstart.log").read_text()
+
+    def test_a_bad_step_does_not_hide(self, made, calls, tmp_path, monkeypatch):
+        from nemo_opt import api
+
+        monkeypatch.setattr(api, "distill", lambda **_: replace(DISTILL, loss_after=5.39))
+        rows = quickstart.run_steps(root=str(made.root), output=str(tmp_path), steps=5)
+        assert [row.good for row in rows] == [True] * 5 + [False] * 2
 
 
 class TestCommand:
