@@ -1,8 +1,8 @@
 """Starts the ranks of a job, or joins those that torchrun started, and brings rank 0's result back.
 
 Decisions:
-- The parent stays light. The stack takes 9 s to import (18 s where bytecode may not be cached), so only ranks import it; several ranks are
-  started by torch's elastic agent (which needs torch, 3 s), a single rank is a plain child process, so that the parent loads nothing at all.
+- The parent stays light. The stack takes 9 s to import (18 s where bytecode may not be cached), so only ranks import it; several ranks
+  are started by torch's elastic agent (which needs torch, 3 s), a single rank is a plain child process: the parent loads nothing at all.
 - No port is chosen before use: the elastic rendezvous binds port 0 itself.
 - The first failing rank ends the job, and its own message is shown, not those of the ranks that lost their peer.
 - What crosses the process boundary is JSON (see `encode`), never pickle.
