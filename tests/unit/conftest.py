@@ -1,4 +1,4 @@
-"""Fixtures of the unit tests: warm rank processes, shared by the whole session."""
+"""Fixtures of the unit tests: warm rank processes, shared by the whole session; and which tests wait for the functional suite."""
 
 import gc
 
@@ -18,6 +18,19 @@ def pytest_pycollect_makemodule(module_path):
         import nemo_opt._stack
     if b"pytest.mark.ranks" in source:
         rank_pools.prepare()
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests marked `wide` run where they are asked for: by -m, by -k or by name. Else they are left to tests/functional/L2_Layouts.sh.
+
+    They are the broad matrices of layouts: four ranks on two cores spend milliseconds on each collective.
+    """
+    if config.option.markexpr or config.option.keyword or any("::" in argument for argument in config.args):
+        return
+    wide = [item for item in items if item.get_closest_marker("wide")]
+    if wide:
+        config.hook.pytest_deselected(items=wide)
+        items[:] = [item for item in items if not item.get_closest_marker("wide")]
 
 
 def pytest_collection_finish():

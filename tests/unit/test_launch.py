@@ -88,7 +88,7 @@ def test_several_ranks_share_cores_and_meet_at_one_address(targets):
     assert result["topology"] == Topology(tp=2)
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.ranks)])
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=[pytest.mark.ranks, pytest.mark.wide])])
 def test_bad_input_in_a_rank_keeps_its_kind_and_message(targets, devices):
     start = time.monotonic()
     with pytest.raises(ConfigError, match=r"^tp 3 does not fit$"):
@@ -103,7 +103,7 @@ def test_a_bug_names_its_rank_and_shows_its_traceback(targets):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("target", ["die", "peer"])
+@pytest.mark.parametrize("target", ["peer", pytest.param("die", marks=pytest.mark.wide)])
 def test_a_killed_rank_is_the_cause_not_those_that_lost_it(targets, target):
     with pytest.raises(RankFailedError, match="rank 1 was ended by SIGKILL"):
         run_ranks(f"{targets}{target}", {"on": "1"}, devices=2)

@@ -104,11 +104,12 @@ def carry(path, config, *layouts):
 @pytest.mark.parametrize(
     ("config", "layouts"),
     [
-        (DENSE, [("TP2PP1", "local"), ("TP1PP2VP2", "te"), ("TP2PP1SP", "local")]),
-        (DENSE.with_(num_layers=2, tie_embeddings=True), [("TP1PP2", "te"), ("TP1PP1DP2", "local")]),
-        (MOE, [("TP1PP1EP2", "te"), ("TP1PP2", "local"), ("TP1PP1EP2", "te")]),
+        pytest.param(
+            DENSE, [("TP2PP1", "local"), ("TP1PP2VP2", "te"), ("TP2PP1SP", "local")], id="tensor and interleaved", marks=pytest.mark.wide
+        ),
+        pytest.param(DENSE.with_(num_layers=2, tie_embeddings=True), [("TP1PP2", "te"), ("TP1PP1DP2", "local")], id="tied"),
+        pytest.param(MOE, [("TP1PP1EP2", "te"), ("TP1PP2", "local"), ("TP1PP1EP2", "te")], id="experts", marks=pytest.mark.wide),
     ],
-    ids=["tensor and interleaved pipeline", "tied, pipeline and data", "experts and pipeline"],
 )
 def test_any_layout_and_spec_load_into_any_other(ranks, tmp_path, config, layouts):
     assert ranks(2).run(carry, tmp_path, config, *layouts) == [[[]] * (len(layouts) - 1)] * 2
@@ -270,7 +271,7 @@ def resume(path, first, second, dropout, *, distributed=False, stop=2):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", ["TP2PP1SP", "TP1PP2VP2"])
+@pytest.mark.parametrize("name", ["TP1PP2VP2", pytest.param("TP2PP1SP", marks=pytest.mark.wide)])
 def test_two_steps_and_two_more_are_four_steps_with_dropout(ranks, tmp_path, name):
     for straight, resumed in ranks(2).run(resume, tmp_path / "c", name, name, 0.1):
         assert resumed == straight
@@ -302,7 +303,7 @@ def test_a_schedule_that_differs_is_refused(copy, layout):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("first", "second"), [("TP2PP1", "TP1PP2"), ("TP1PP2", "TP1PP1DP2")])
+@pytest.mark.parametrize(("first", "second"), [("TP1PP2", "TP1PP1DP2"), pytest.param("TP2PP1", "TP1PP2", marks=pytest.mark.wide)])
 def test_training_goes_on_at_another_layout(ranks, tmp_path, first, second):
     results = ranks(2).run(resume, tmp_path / "c", first, second, 0.0)
     straight = next(straight for straight, _ in results if any(straight))
@@ -313,7 +314,7 @@ def test_training_goes_on_at_another_layout(ranks, tmp_path, first, second):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("first", "second"), [("TP1PP1DP2", "TP1PP1DP2"), ("TP1PP1DP2", "TP2PP1")])
+@pytest.mark.parametrize(("first", "second"), [("TP1PP1DP2", "TP1PP1DP2"), pytest.param("TP1PP1DP2", "TP2PP1", marks=pytest.mark.wide)])
 def test_a_distributed_optimizer_resumes(ranks, tmp_path, first, second):
     for straight, resumed in ranks(2).run(resume, tmp_path / "c", first, second, 0.0, distributed=True):
         torch.testing.assert_close(torch.tensor(resumed), torch.tensor(straight), rtol=1e-5, atol=0)

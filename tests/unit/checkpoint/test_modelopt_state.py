@@ -78,16 +78,21 @@ def quantize_and_carry(path, config, name, *layouts):
     return results
 
 
+def wide(*values):
+    """For the functional suite: see tests/unit/conftest.py."""
+    return pytest.param(*values, marks=pytest.mark.wide)
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("config", "name", "layouts"),
     [
-        (DENSE, "INT8_DEFAULT_CFG", [("TP2PP1", "local"), ("TP1PP2VP2", "te"), ("TP2PP1SP", "te")]),
         (SHALLOW, "FP8_DEFAULT_CFG", [("TP1PP2", "te"), ("TP2PP1", "local")]),
-        (SHALLOW, "INT8_SMOOTHQUANT_CFG", [("TP2PP1", "local"), ("TP1PP2", "local")]),
-        (MOE, "INT8_DEFAULT_CFG", [("TP1PP1EP2DP2", "local"), ("TP1PP2", "local")]),
+        wide(DENSE, "INT8_DEFAULT_CFG", [("TP2PP1", "local"), ("TP1PP2VP2", "te"), ("TP2PP1SP", "te")]),
+        wide(SHALLOW, "INT8_SMOOTHQUANT_CFG", [("TP2PP1", "local"), ("TP1PP2", "local")]),
+        wide(MOE, "INT8_DEFAULT_CFG", [("TP1PP1EP2DP2", "local"), ("TP1PP2", "local")]),
     ],
-    ids=["INT8", "FP8", "SmoothQuant", "INT8 experts"],
+    ids=["FP8", "INT8", "SmoothQuant", "INT8 experts"],
 )
 def test_a_quantised_model_is_the_same_at_every_layout(ranks, tmp_path, config, name, layouts):
     by_rank = ranks(2).run(quantize_and_carry, tmp_path, config, name, *layouts)

@@ -64,6 +64,8 @@ def test_script_gets_its_arguments_and_the_number_of_devices(tmp_path):
     assert done.stdout == "['--steps', '3', '-m'] 5 __main__\n"
 
 
+@pytest.mark.ranks
+@pytest.mark.wide
 def test_gpu_only_suite_runs_spawns_ranks_and_may_fail(tmp_path):
     suite = tmp_path / "test_suite.py"
     suite.write_text(SUITE)

@@ -191,6 +191,11 @@ def refused(case):
     return None
 
 
+def wide(*layouts):
+    """For the functional suite: see tests/unit/conftest.py."""
+    return [pytest.param(layout, marks=pytest.mark.wide) for layout in layouts]
+
+
 CASE = Distillation()
 WITH_LM = CASE.at("TP1PP1", settings=DistillationConfig(
     intermediate_layer_pairs=[*PAIRS, ("decoder.layers.3", "decoder.layers.6", "mse")], skip_lm_loss=False, kd_loss_scale=0.5,
@@ -212,21 +217,21 @@ def reference_with_lm(ranks):
 
 # Largest difference seen over these: 8e-7.
 @pytest.mark.ranks
-@pytest.mark.parametrize("layout", ["TP2PP1", "TP1PP2", "TP2PP1SP", "TP2PP2", "TP2PP2SP", "TP1PP1DP2"])
+@pytest.mark.parametrize("layout", ["TP2PP1", "TP1PP2", *wide("TP2PP1SP", "TP2PP2", "TP2PP2SP", "TP1PP1DP2")])
 def test_losses_and_gradients_equal_one_rank(ranks, reference, layout):
     case = CASE.at(layout)
     compare(reference, ranks(case.topology.world_size).run(measure, case), name=layout)
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("layout", ["TP1PP1", "TP2PP1SP", "TP1PP2", "TP1PP1CP2"])
+@pytest.mark.parametrize("layout", ["TP1PP1", *wide("TP2PP1SP", "TP1PP2", "TP1PP1CP2")])
 def test_te_spec_equals_the_local_one(ranks, reference, layout):
     case = CASE.at(layout, spec="te")
     compare(reference, ranks(case.topology.world_size).run(measure, case), name=f"te {layout}")
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("layout", ["TP2PP1SP", "TP2PP2"])
+@pytest.mark.parametrize("layout", wide("TP2PP1SP", "TP2PP2"))
 def test_with_lm_loss_temperature_and_a_second_pair(ranks, reference_with_lm, layout):
     case = replace(WITH_LM, layout=layout)
     compare(reference_with_lm, ranks(case.topology.world_size).run(measure, case), name=layout)
@@ -244,7 +249,7 @@ def test_losses_are_those_of_their_definitions(ranks):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("layout", ["TP1PP1", "TP2PP1"])
+@pytest.mark.parametrize("layout", ["TP1PP1", *wide("TP2PP1")])
 @pytest.mark.parametrize("skip_lm_loss", [True, False])
 def test_a_teacher_that_is_the_student_teaches_nothing(ranks, layout, skip_lm_loss):
     """Only rounding is left: losses are some 1e-8, gradients of the distillation 1e-8 beside 1e-2 otherwise."""
@@ -271,6 +276,7 @@ def test_evaluation_runs_the_student_alone(ranks, layout):
 
 
 @pytest.mark.ranks
+@pytest.mark.wide
 def test_training_after_an_evaluation_is_unchanged(ranks, reference):
     case = CASE.at("TP1PP2")
     compare(reference, ranks(2).run(train_evaluate_train, case), name="after an evaluation")

@@ -108,13 +108,14 @@ def test_logits_are_those_of_transformers(one_rank, hf_dirs, tmp_path, model, sp
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("size", "name"), [(2, "TP2"), (2, "PP2"), (2, "PP2VP2"), (4, "TP2PP2")])
+@pytest.mark.parametrize(("size", "name"), [(2, "TP2"), (2, "PP2"), (2, "PP2VP2"), pytest.param(4, "TP2PP2", marks=pytest.mark.wide)])
 def test_every_layout_computes_the_logits_of_transformers(ranks, hf_dirs, tmp_path, size, name):
     cases = [(hf_dirs["plain"], "te", tmp_path / "plain"), (hf_dirs["tied, grouped"], "local", tmp_path / "tied")]
     _check_layout(ranks(size), name, cases)
 
 
 @pytest.mark.ranks
+@pytest.mark.wide
 def test_a_query_group_is_shared_by_several_ranks(ranks, hf_dirs, tmp_path):
     cases = [(hf_dirs["RoPE scaling, wide heads"], spec, tmp_path / spec) for spec in ("te", "local")]  # 2 groups on 4 ranks
     _check_layout(ranks(4), "TP4", cases)

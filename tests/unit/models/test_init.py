@@ -35,7 +35,14 @@ def _digests_of_layouts(config, names, specs):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("size", "names"), [(2, ["TP2", "TP2SP", "PP2", "PP2VP2", "PP2FIRST1", "CP2", "DP2"]), (4, ["TP2PP2"])])
+@pytest.mark.parametrize(
+    ("size", "names"),
+    [
+        (2, ["TP2", "PP2VP2", "PP2FIRST1"]),
+        pytest.param(2, ["TP2SP", "PP2", "CP2", "DP2"], marks=pytest.mark.wide),
+        pytest.param(4, ["TP2PP2"], marks=pytest.mark.wide),
+    ],
+)
 def test_every_layout_starts_from_the_same_weights(ranks, one_rank, size, names):
     expected = _digests(_full(TINY, one_rank))
     digests, *_ = ranks(size).run(_digests_of_layouts, TINY, names, ["te"])

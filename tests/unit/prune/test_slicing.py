@@ -76,10 +76,27 @@ def _prune(name, kinds, specs, folder=None):
     return results
 
 
+class _Alone(dict):
+    """What one rank makes of a model with a spec, made when first asked for."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.pool = pool
+
+    def __missing__(self, key):
+        kind, spec = key
+        self.update(self.pool.run(_prune, "TP1PP1", [kind], (spec,))[0])
+        return self[key]
+
+
 @pytest.fixture(scope="module")
 def alone(ranks):
-    """What one rank makes of each model, with each spec."""
-    return ranks(1).run(_prune, "TP1PP1", list(MODELS), BOTH)[0]
+    return _Alone(ranks(1))
+
+
+def wide(*values, **options):
+    """For the functional suite: see tests/unit/conftest.py."""
+    return pytest.param(*values, marks=pytest.mark.wide, **options)
 
 
 def _equal(ours, theirs):
@@ -110,9 +127,18 @@ def _assert_same(result, expected):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("layout", list(LAYOUTS))
-def test_every_layout_keeps_the_same_weights(ranks, alone, layout):
-    everyone = ranks(Topology.from_name(layout).world_size).run(_prune, layout, *LAYOUTS[layout])
+@pytest.mark.parametrize(
+    ("layout", "kinds", "specs"),
+    [
+        pytest.param("TP2", ["dense"], ("te",), id="TP2-dense-te"),
+        pytest.param("PP2", ["dense"], ("local",), id="PP2-dense-local"),
+        pytest.param("EP2", ["experts"], ("te",), id="EP2-experts-te"),
+        *(wide(layout, *cases, id=layout) for layout, cases in LAYOUTS.items()),
+    ],
+)
+def test_every_layout_keeps_the_same_weights(ranks, alone, layout, kinds, specs):
+    everyone = ranks(Topology.from_name(layout).world_size).run(_prune, layout, kinds, specs)
+    assert len(everyone[0]) == sum(1 if kind == "68m" else len(specs) for kind in kinds)
     for (kind, spec), result in everyone[0].items():
         _assert_same(result, alone[kind, "te"])
         for rank in everyone:
@@ -127,11 +153,11 @@ def test_both_specs_keep_the_same_weights(alone, kind):
 
 
 @pytest.mark.ranks
-def test_sizes_are_the_targets(alone):
-    for (kind, _), result in alone.items():
-        config, targets = MODELS[kind]
-        sizes = result["config"].to_dict()
-        assert sizes == config.to_dict() | targets | {"kv_channels": config.head_dim}
+@pytest.mark.parametrize("kind", ["dense", "tied", "experts", wide("68m")])
+def test_sizes_are_the_targets(alone, kind):
+    config, targets = MODELS[kind]
+    sizes = alone[kind, "te"]["config"].to_dict()  # the local spec's are the same: above
+    assert sizes == config.to_dict() | targets | {"kv_channels": config.head_dim}
 
 
 def _by_hand(kind, spec):
@@ -153,7 +179,7 @@ def _by_hand(kind, spec):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("kind", "spec"), [("dense", "te"), ("dense", "local"), ("tied", "te"), ("68m", "te")])
+@pytest.mark.parametrize(("kind", "spec"), [("dense", "te"), ("dense", "local"), ("tied", "te"), wide("68m", "te")])
 def test_one_rank_keeps_what_the_oracle_keeps(ranks, alone, kind, spec):
     expected, result = ranks(1).run(_by_hand, kind, spec)[0], alone[kind, spec]
     assert _equal(result["weights"], expected["weights"])
@@ -255,7 +281,7 @@ def _modelopt_against_ours(name, kind):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("layout", "kind"), [("TP1PP1", "Llama"), ("PP2", "Llama"), ("TP1PP1", "biases"), ("TP1PP1", "LayerNorm")])
+@pytest.mark.parametrize(("layout", "kind"), [("TP1PP1", "Llama"), wide("PP2", "Llama"), ("TP1PP1", "biases"), ("TP1PP1", "LayerNorm")])
 def test_modelopt_keeps_the_same(ranks, layout, kind):
     for result in ranks(Topology.from_name(layout).world_size).run(_modelopt_against_ours, layout, kind):
         assert result["names"]
@@ -303,12 +329,12 @@ def _reload(name, path, spec):
 
 
 @pytest.mark.ranks
-def test_what_is_saved_at_one_layout_loads_at_another(ranks, alone, tmp_path):
-    for saved_at, loaded_at in (("TP2", "TP1PP1"), ("PP2", "TP2")):
-        ranks(2).run(_prune, saved_at, ["dense"], TE, str(tmp_path))
-        loaded = ranks(Topology.from_name(loaded_at).world_size).run(_reload, loaded_at, f"{tmp_path}/{saved_at}_dense_te", "local")[0]
-        assert _equal(loaded[0], alone["dense", "te"]["weights"])
-        assert _difference(loaded[1], alone["dense", "te"]["logits"]) < TOLERANCE
+@pytest.mark.parametrize(("saved_at", "loaded_at"), [("TP2", "TP1PP1"), wide("PP2", "TP2")])
+def test_what_is_saved_at_one_layout_loads_at_another(ranks, alone, tmp_path, saved_at, loaded_at):
+    ranks(2).run(_prune, saved_at, ["dense"], TE, str(tmp_path))
+    loaded = ranks(Topology.from_name(loaded_at).world_size).run(_reload, loaded_at, f"{tmp_path}/{saved_at}_dense_te", "local")[0]
+    assert _equal(loaded[0], alone["dense", "te"]["weights"])
+    assert _difference(loaded[1], alone["dense", "te"]["logits"]) < TOLERANCE
 
 
 def _train_on(name):
@@ -335,7 +361,7 @@ def _train_on(name):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("layout", ["TP1PP1", "TP2"])
+@pytest.mark.parametrize("layout", ["TP1PP1", wide("TP2")])
 def test_pruned_model_trains_on(ranks, layout):
     losses = ranks(Topology.from_name(layout).world_size).run(_train_on, layout)[0]
     assert losses == sorted(losses, reverse=True)
@@ -503,7 +529,7 @@ _CASES = st.lists(st.tuples(*(st.none() | st.integers(1, highest + 1) for highes
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("layout", ["TP1PP1", "TP2"])
+@pytest.mark.parametrize("layout", ["TP1PP1", wide("TP2")])
 @settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cases=_CASES)
 def test_any_target_gives_its_shapes_or_a_named_error(ranks, layout, cases):

@@ -102,10 +102,14 @@ def _reload(name, cases, folder):
 
 
 @pytest.mark.ranks
-def test_the_named_layers_go_and_the_checkpoint_loads_evenly(ranks, tmp_path):
-    expected = ranks(1).run(_drop, "TP1PP1", list(CASES))[0]
-    for layout in ("TP2PP1", "TP1PP2"):
-        cases = [layers for layers in CASES if CASES[layers][0] == layout]
+@pytest.mark.parametrize(
+    ("chosen", "loaded_at"),  # the rest is left to the functional suite: see tests/unit/conftest.py
+    [([(1, 4)], ["TP2PP1"]), pytest.param(list(CASES), ["TP1PP1", "TP2PP1", "TP1PP2"], id="all", marks=pytest.mark.wide)],
+)
+def test_the_named_layers_go_and_the_checkpoint_loads_evenly(ranks, tmp_path, chosen, loaded_at):
+    expected = ranks(1).run(_drop, "TP1PP1", chosen)[0]
+    for layout in dict.fromkeys(CASES[layers][0] for layers in chosen):
+        cases = [layers for layers in chosen if CASES[layers][0] == layout]
         for rank, results in enumerate(ranks(2).run(_drop, layout, cases, str(tmp_path))):
             for (layers, spec), result in results.items():
                 one = expected[layers, spec]
@@ -114,9 +118,9 @@ def test_the_named_layers_go_and_the_checkpoint_loads_evenly(ranks, tmp_path):
                 assert result["loss"] == pytest.approx(one["loss"], rel=TOLERANCE)
                 assert result["config"] == one["config"] == SMALL.with_(num_layers=4 - len(layers))
                 assert result["gradients"]
-    even = [layers for layers in CASES if len(layers) == 2]
-    for layout, cases in (("TP1PP1", list(CASES)), ("TP2PP1", list(CASES)), ("TP1PP2", even)):
+    for layout in loaded_at:
         topology = Topology.from_name(layout)
+        cases = [layers for layers in chosen if topology.pp == 1 or len(layers) == 2]  # which leaves as many layers to each stage
         for key, loaded in ranks(topology.world_size).run(_reload, layout, cases, str(tmp_path))[0].items():
             assert loaded["loss"] == pytest.approx(expected[key]["loss"], rel=TOLERANCE), (layout, key)
             assert loaded["config"] == expected[key]["config"]

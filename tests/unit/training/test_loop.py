@@ -71,7 +71,15 @@ def test_training_lowers_the_loss_and_says_what_it_did(single):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("layout", "spec"), [("TP2PP1SP", "te"), ("TP1PP2VP2", "local"), ("TP1PP1DP2", "te"), ("TP1PP1CP2", "te")])
+@pytest.mark.parametrize(
+    ("layout", "spec"),
+    [
+        ("TP1PP2VP2", "local"),
+        ("TP1PP1DP2", "te"),
+        pytest.param("TP2PP1SP", "te", marks=pytest.mark.wide),
+        pytest.param("TP1PP1CP2", "te", marks=pytest.mark.wide),
+    ],
+)
 def test_every_layout_trains_alike(ranks, single, layout, spec):
     validation = {"limit_val_batches": 1} if "DP2" in layout else {}  # batches of each of the two ranks
     for result in ranks(2).run(_train, layout, spec=spec, **validation):
@@ -94,7 +102,12 @@ def _norms(name, model, spec):
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("layout", "model", "spec"),
-    [("TP2PP2", TINY, "te"), ("TP2PP1SP", TINY, "local"), ("TP1PP2", TINY.with_(tie_embeddings=True), "te"), ("TP1PP1EP2", TINY_MOE, "te")],
+    [
+        ("TP1PP2", TINY.with_(tie_embeddings=True), "te"),
+        ("TP1PP1EP2", TINY_MOE, "te"),
+        pytest.param("TP2PP2", TINY, "te", marks=pytest.mark.wide),
+        pytest.param("TP2PP1SP", TINY, "local", marks=pytest.mark.wide),
+    ],
 )
 def test_gradient_norm_is_that_of_one_rank(ranks, layout, model, spec):
     from nemo_opt.parallel import Topology
@@ -273,7 +286,7 @@ def _too_few_batches():
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("layout", ["TP2PP1", "TP1PP2", "TP1PP2VP2"])
+@pytest.mark.parametrize("layout", ["TP1PP2VP2", *(pytest.param(name, marks=pytest.mark.wide) for name in ("TP2PP1", "TP1PP2"))])
 def test_validation_loss_is_that_of_one_rank_on_every_rank(ranks, layout):
     [expected] = ranks(1).run(_evaluate, "TP1PP1", 3)  # an odd number of batches
     assert ranks(2).run(_evaluate, layout, 3) == pytest.approx([expected] * 2, rel=1e-6)
@@ -303,11 +316,13 @@ def _resume_past_the_end(name, folder):
 
 
 @pytest.mark.ranks
-def test_four_steps_equal_two_steps_saved_and_two_resumed(ranks, tmp_path):
-    [four, _] = ranks(2).run(_train_with_resume, "TP2PP1", tmp_path, 4, False, "te")
-    [two, _] = ranks(2).run(_train_with_resume, "TP2PP1", tmp_path, 2, False, "te")
-    [rest, _] = ranks(2).run(_train_with_resume, "TP2PP1", tmp_path, 4, True, "te")
+@pytest.mark.parametrize(("size", "layout"), [(1, "TP1PP1"), pytest.param(2, "TP2PP1", marks=pytest.mark.wide)])
+def test_four_steps_equal_two_steps_saved_and_two_resumed(ranks, tmp_path, size, layout):
+    pool = ranks(size)
+    [four, *_] = pool.run(_train_with_resume, layout, tmp_path, 4, False, "te")
+    [two, *_] = pool.run(_train_with_resume, layout, tmp_path, 2, False, "te")
+    [rest, *_] = pool.run(_train_with_resume, layout, tmp_path, 4, True, "te")
     assert two + rest == four
-    ranks(2).run(_resume_past_the_end, "TP2PP1", tmp_path)
+    pool.run(_resume_past_the_end, layout, tmp_path)
     [elsewhere, _] = ranks(2).run(_train_with_resume, "TP1PP2", tmp_path, 4, True, "local")
     assert elsewhere == pytest.approx(four[2:], rel=TOL_REL)
