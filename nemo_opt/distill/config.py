@@ -21,6 +21,7 @@ from nemo_opt.parallel import Topology
 __all__ = ["DistillationConfig", "Sizes", "load_distillation_config"]
 
 _LOSSES = ("cosine", "mse")
+_LOGIT_LOSSES = ("forward_kl", "reverse_kl", "jensen_shannon")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)(?:\.(input_layernorm|pre_mlp_layernorm|self_attention|mlp))?")
 _FINAL_NORM = "decoder.final_layernorm"
 _EXAMPLES = (_FINAL_NORM, "decoder.layers.0", "decoder.layers.0.input_layernorm", "decoder.layers.0.pre_mlp_layernorm",
@@ -48,10 +49,14 @@ class DistillationConfig:
     """Learn from the teacher alone; else the language model's loss is added."""
     kd_loss_scale: float = 1.0
     """Weight of the distillation loss, relative to the language model's (only without skip_lm_loss)."""
+    logit_loss: str = "forward_kl"
+    """How next-token distributions are compared: "forward_kl" (NeMo's and ModelOpt's), "reverse_kl" or "jensen_shannon"."""
     logit_kl_temperature: float = 1.0
-    """Both logits are divided by this. The loss is not multiplied by its square, as in NeMo and ModelOpt."""
+    """Both logits are divided by this."""
+    logit_kl_scale_by_temperature_squared: bool = False
+    """Multiply the loss by the temperature's square, so that its gradient keeps its size (Hinton et al.); NeMo and ModelOpt do not."""
     logit_kl_topk: int | None = None
-    """Compare the teacher's k likeliest tokens only; one tensor-parallel rank for now."""
+    """Compare the teacher's k likeliest tokens only, their probabilities adding up to 1."""
     criterion: dict[tuple[str, str], Any] | None = None
     """Own ModelOpt losses by pair of layers, in place of those above; names as in this pipeline stage."""
     loss_balancer: Any = None
@@ -66,8 +71,12 @@ class DistillationConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise ConfigError(f"{name} must be a positive number, got {value!r}")
-        if not isinstance(self.skip_lm_loss, bool):
-            raise ConfigError(f"skip_lm_loss must be true or false, got {self.skip_lm_loss!r}")
+        if self.logit_loss not in _LOGIT_LOSSES:
+            nearest = _nearest(str(self.logit_loss), _LOGIT_LOSSES)
+            raise ConfigError(f"unknown logit_loss {self.logit_loss!r}{nearest}; known are {list(_LOGIT_LOSSES)}")
+        for name in ("skip_lm_loss", "logit_kl_scale_by_temperature_squared"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         topk = self.logit_kl_topk
         if topk is not None and (isinstance(topk, bool) or not isinstance(topk, int) or topk < 1):
             raise ConfigError(f"logit_kl_topk must be a positive integer or none, got {topk!r}")
@@ -76,11 +85,6 @@ class DistillationConfig:
         """Raises `ConfigError` for a layout that these settings cannot run on."""
         if topology.vp > 1:
             raise ConfigError(f"vp {topology.vp}: distillation does not run on the interleaved pipeline schedule; set vp 1")
-        if topology.tp > 1 and self.logit_kl_topk is not None:
-            raise ConfigError(
-                f"logit_kl_topk {self.logit_kl_topk} at tp {topology.tp}: ModelOpt's top-k loss has a gradient tp times too large there; "
-                "set tp 1 or drop logit_kl_topk"
-            )
 
     def check_layers(self, student: Sizes, teacher: Sizes) -> None:
         """Raises `ConfigError` for a layer that a model does not have."""

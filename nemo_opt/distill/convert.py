@@ -106,7 +106,7 @@ def _criterion(config: DistillationConfig, student: GPTModel, teacher: GPTModel)
 
     def build() -> None:
         if parallel_state.is_pipeline_last_stage():
-            built.update(build_criterion(config, student.config, teacher.config))
+            built.update(build_criterion(config, student.config, teacher.config, vocab_size=model_config_of(student).vocab_size))
 
     on_each(build)
     return built

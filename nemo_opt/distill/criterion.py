@@ -1,8 +1,9 @@
 """The losses of a distillation as ModelOpt modules: logits, hidden states, and how they are weighed.
 
 Decisions:
-- ModelOpt's losses are used; names of layers are translated to this pipeline stage here, since ModelOpt's own translation replaces every
-  equal number in a name.
+- Logits are compared by our own divergences. ModelOpt's loss holds seven copies of the logits, and its top-k loss has a gradient TP times
+  too large. Hidden states are compared by ModelOpt's losses.
+- Names of layers are translated to this pipeline stage here, since ModelOpt's own translation replaces every equal number in a name.
 - A projection (student width -> teacher width) starts from one seed, or its copies on tensor- and data-parallel ranks would differ.
 - The balancer never divides by a loss that may be zero: with teacher == student both are, and rounding can make them negative.
 """
@@ -17,6 +18,7 @@ import nemo_opt._stack
 
 import modelopt.torch.distill as mtd
 import torch
+from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from modelopt.torch.distill.loss_balancers import STUDENT_LOSS_KEY
@@ -24,9 +26,11 @@ from modelopt.torch.distill.plugins import megatron as plugin
 
 from nemo_opt.device import local_device
 from nemo_opt.distill.config import DistillationConfig
+from nemo_opt.distill.divergence import divergence
+from nemo_opt.distill.top_k import largest_logits
 from nemo_opt.errors import ConfigError
 
-__all__ = ["LossBalancer", "build_criterion", "local_layer_name"]
+__all__ = ["LogitsDivergence", "LossBalancer", "build_criterion", "local_layer_name"]
 
 type Criterion = dict[tuple[str, str], torch.nn.Module]
 
@@ -66,8 +70,39 @@ class LossBalancer(mtd.DistillationLossBalancer):
         return {"kd_loss": total, "logits_loss": logits, "intermediate_loss": torch.as_tensor(hidden, device=logits.device)}
 
 
-def build_criterion(config: DistillationConfig, student: TransformerConfig, teacher: TransformerConfig) -> Criterion:
+class LogitsDivergence(plugin.BaseLoss):  # type: ignore[misc]
+    """The divergence of the teacher's and the student's next-token distributions, in the form of ModelOpt's `LogitsKLLoss`."""
+
+    def __init__(self, config: DistillationConfig, student: TransformerConfig, vocab_size: int | None) -> None:
+        super().__init__(student)
+        self.settings = config
+        self.vocab_size = vocab_size
+
+    def forward(self, predictions: torch.Tensor, targets: torch.Tensor) -> Any:
+        """Losses [B, S] of logits [S, B, V / TP], the same on all tensor-parallel ranks. The teacher's logits are overwritten."""
+        student, teacher = self.pre_forward(predictions, targets)
+        temperature, kind = float(self.settings.logit_kl_temperature), self.settings.logit_loss
+        whole = {"vocab_size": self.vocab_size, "group": parallel_state.get_tensor_model_parallel_group()}
+        if self.settings.logit_kl_topk is None:
+            losses = divergence(student, teacher, kind=kind, temperature=temperature, overwrite_teacher=True, **whole)
+        else:
+            candidates = largest_logits(student, teacher, self.settings.logit_kl_topk, **whole)
+            losses = divergence(*candidates, kind=kind, temperature=temperature)
+        if self.settings.logit_kl_scale_by_temperature_squared:
+            losses = losses * temperature**2
+        return self.post_forward(losses)
+
+
+def build_criterion(
+    config: DistillationConfig, student: TransformerConfig, teacher: TransformerConfig, *, vocab_size: int | None = None
+) -> Criterion:
     """The losses of the last pipeline stage, by names of layers in that stage.
+
+    Args:
+        config: What is compared, and how.
+        student: Megatron-Core's configuration of the student.
+        teacher: That of the teacher.
+        vocab_size: Tokens of the vocabulary without its padding, which is not compared; None: all.
 
     Raises:
         ConfigError: a layer lies on an earlier stage.
@@ -75,7 +110,7 @@ def build_criterion(config: DistillationConfig, student: TransformerConfig, teac
     """
     if config.criterion is not None:
         return dict(config.criterion)
-    criterion: Criterion = {("output_layer", "output_layer"): _logits_loss(config, student)}
+    criterion: Criterion = {("output_layer", "output_layer"): LogitsDivergence(config, student, vocab_size)}
     if not config.intermediate_layer_pairs:
         return criterion
     projection = _projection(student, teacher)
@@ -115,12 +150,6 @@ def _ratio(target: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
     """What scales `loss` to the size of `target`; 1 where there is nothing to scale, never negative."""
     target, loss = target.detach(), loss.detach()
     return torch.where((loss > _NOISE) & (target > 0), target / loss.clamp(min=_NOISE), torch.ones_like(loss))
-
-
-def _logits_loss(config: DistillationConfig, student: TransformerConfig) -> torch.nn.Module:
-    if config.logit_kl_topk is None:
-        return plugin.LogitsKLLoss(student, temperature=config.logit_kl_temperature)
-    return plugin.TopKLogitsKLLoss(student, temperature=config.logit_kl_temperature, top_k=config.logit_kl_topk)
 
 
 def _projection(student: TransformerConfig, teacher: TransformerConfig) -> torch.nn.Module:

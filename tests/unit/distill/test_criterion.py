@@ -8,7 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from modelopt.torch.distill.plugins.megatron import HiddenStateCosineLoss, LogitsKLLoss, MSELoss, TopKLogitsKLLoss
 
 from nemo_opt.distill.config import DistillationConfig
-from nemo_opt.distill.criterion import LossBalancer, build_criterion, local_layer_name
+from nemo_opt.distill.criterion import LogitsDivergence, LossBalancer, build_criterion, local_layer_name
 from nemo_opt.errors import ConfigError
 
 LOGITS = ("output_layer", "output_layer")
@@ -72,10 +72,39 @@ def test_criterion_of_a_settings_object():
     config = DistillationConfig(intermediate_layer_pairs=[FINAL_NORMS, ("decoder.layers.3", "decoder.layers.5", "mse")])
     criterion = build_criterion(config, sizes(), sizes(hidden=12, layers=6))
     assert {names: type(loss) for names, loss in criterion.items()} == {
-        LOGITS: LogitsKLLoss, FINAL_NORMS: HiddenStateCosineLoss, ("decoder.layers.3", "decoder.layers.5"): MSELoss
+        LOGITS: LogitsDivergence, FINAL_NORMS: HiddenStateCosineLoss, ("decoder.layers.3", "decoder.layers.5"): MSELoss
     }  # fmt: skip
-    topk = build_criterion(DistillationConfig(logit_kl_topk=3), sizes(), sizes())
-    assert [(type(loss), loss.top_k) for loss in topk.values()] == [(TopKLogitsKLLoss, 3)]
+
+
+OPTIONS = [  # and ModelOpt's class that computes the same on one rank
+    ({}, lambda: LogitsKLLoss(sizes(), temperature=2.0)),
+    ({"logit_loss": "reverse_kl"}, lambda: LogitsKLLoss(sizes(), temperature=2.0, reverse=True)),
+    ({"logit_kl_topk": 3}, lambda: TopKLogitsKLLoss(sizes(), temperature=2.0, top_k=3)),
+    ({"logit_kl_topk": 3, "logit_loss": "reverse_kl"}, lambda: TopKLogitsKLLoss(sizes(), temperature=2.0, top_k=3, reverse=True)),
+]
+
+
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize(("options", "theirs"), OPTIONS)
+def test_logits_are_compared_as_modelopt_compares_them(world, options, theirs, squared):
+    settings = DistillationConfig(logit_kl_temperature=2, logit_kl_scale_by_temperature_squared=squared, **options)
+    student, teacher = torch.randn(2, 5, 3, 20, generator=torch.Generator().manual_seed(1))  # [S, B, V]
+    other = student.clone().requires_grad_()
+    student.requires_grad_()
+    expected, _, _ = theirs()(other, teacher.clone())
+    losses, reduced, split = build_criterion(settings, sizes(), sizes())[LOGITS](student, teacher)
+    (losses.sum() / (4 if squared else 1)).backward()
+    expected.sum().backward()
+    torch.testing.assert_close(losses, expected * (4 if squared else 1))
+    torch.testing.assert_close(student.grad, other.grad)
+    assert (losses.shape, reduced, split) == ((3, 5), False, False)
+
+
+def test_padding_of_the_vocabulary_is_not_compared(world):
+    loss = build_criterion(DistillationConfig(), sizes(), sizes(), vocab_size=15)[LOGITS]
+    student, teacher = torch.randn(2, 5, 3, 20, generator=torch.Generator().manual_seed(1))
+    expected = build_criterion(DistillationConfig(), sizes(), sizes())[LOGITS](student[..., :15], teacher[..., :15].clone())[0]
+    torch.testing.assert_close(loss(student, teacher)[0], expected)
 
 
 def test_own_criterion_is_taken_as_it_is():

@@ -15,7 +15,8 @@ from nemo_opt.errors import ConfigError
 TOL_LOSS = 1e-5
 """Relative to 1 + the loss. Float32 logits of up to 30, as drawn here, are rounded by 2e-6, which a loss of 0 inherits; seen: 1.8e-6."""
 TOL_GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2}
-"""Relative to the largest entry. Float32: seen 3.2e-6. Bfloat16 rounds twice, each by 2^-8: 8e-3; seen 6.8e-3."""
+"""Relative to 1 + the largest entry: gradients are differences of probabilities (reverse KL: times log-ratios of up to 60) and inherit
+their rounding where they vanish. Float32: seen 3.2e-6. Bfloat16 rounds twice, each time by 2^-8, so 8e-3; seen 6.8e-3."""
 
 
 def dense(student, teacher, kind, temperature):
@@ -35,8 +36,8 @@ def draw(*shape, seed=0, dtype=torch.float32, spread=3.0):
     return student.requires_grad_(), teacher, torch.randn(shape[:-1], generator=generator)
 
 
-def worst(ours, theirs, floor=0.0):
-    return float((ours.double() - theirs).abs().max() / (theirs.abs().max() + floor))
+def worst(ours, theirs):
+    return float((ours.double() - theirs).abs().max() / (1 + theirs.abs().max()))
 
 
 def check(student, teacher, weights, kind, temperature, columns=None, **options):
@@ -47,7 +48,7 @@ def check(student, teacher, weights, kind, temperature, columns=None, **options)
     (losses * weights).sum().backward()
     assert losses.dtype == torch.float32
     assert float(losses.detach().min()) > -TOL_LOSS
-    assert worst(losses.detach(), expected.detach(), floor=1.0) < TOL_LOSS
+    assert worst(losses.detach(), expected.detach()) < TOL_LOSS
     assert student.grad.dtype == student.dtype
     assert worst(student.grad, theirs.grad.double()) < TOL_GRADIENT[student.dtype]
 
@@ -185,6 +186,6 @@ def test_a_split_vocabulary_gives_the_same(ranks):
         expected = dense(theirs.gather(-1, kept), teacher.gather(-1, kept), kind, 1.5)
         (expected * weights).sum().backward()
         assert torch.equal(losses, others)
-        assert worst(losses, expected.detach(), floor=1.0) < TOL_LOSS
+        assert worst(losses, expected.detach()) < TOL_LOSS
         print(kind, k, columns, worst(torch.cat([gradient, rest], -1), theirs.grad.double()))
         assert messages == 1
