@@ -6,6 +6,8 @@ import pytest
 
 from nemo_opt.testing import ranks as rank_pools
 
+_LEFT_OUT = pytest.StashKey[int]()
+
 
 def pytest_pycollect_makemodule(module_path):
     """What a test module needs before it is loaded.
@@ -31,6 +33,13 @@ def pytest_collection_modifyitems(config, items):
     if wide:
         config.hook.pytest_deselected(items=wide)
         items[:] = [item for item in items if not item.get_closest_marker("wide")]
+        config.stash[_LEFT_OUT] = len(wide)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Says which tests did not run, and how to run them."""
+    if count := config.stash.get(_LEFT_OUT, 0):
+        terminalreporter.write_line(f"{count} wide layout tests run in tests/functional/L2_Layouts.sh (here: pytest tests/unit -m wide)")
 
 
 def pytest_collection_finish():
