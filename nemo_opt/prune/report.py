@@ -23,6 +23,8 @@ _POINTS = 160
 """Points of a curve."""
 _MARKED = 64
 """Up to so many things each gets a dot; below `_POINTS`, so that none is thinned away."""
+_WIDTH = 5.6
+"""Inches of a drawing: shrunk to a phone's 358 pixels its text is still readable, and nothing is off the screen."""
 _PARTS = {"ffn": "MLP channels", "heads": "Query heads", "groups": "Query groups", "experts": "Experts"}
 
 
@@ -132,7 +134,7 @@ def _draw_layers(axis: Axis) -> str:
         plot.set_xlabel("layer")
         plot.set_ylabel("block influence")
 
-    return pages.plot(draw, title="Importance of each layer", height=2.6)
+    return pages.plot(draw, title="Importance of each layer", width=_WIDTH, height=2.6)
 
 
 def _draw(axis: Axis) -> str:
@@ -157,7 +159,7 @@ def _draw(axis: Axis) -> str:
         plot.set_xlabel("most important first" + (", a line a layer" if len(axis.scores) > 1 else "") + marks)
         plot.set_ylabel("importance / largest")
 
-    return pages.plot(draw, title=f"Importance of {axis.name.lower()}", height=2.6)
+    return pages.plot(draw, title=f"Importance of {axis.name.lower()}", width=_WIDTH, height=2.6)
 
 
 def _mark(plot: Any, ranks: list[int], values: list[float], stays: list[bool]) -> None:
