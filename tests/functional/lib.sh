@@ -74,6 +74,7 @@ step() {
         kill -KILL -- "-$STEP_GROUP"
     ) 2>/dev/null &
     WATCH_GROUP=$!
+    disown # or the shell reports its end in the log
     set +m
     wait "$STEP_GROUP" || code=$?
     end_groups
