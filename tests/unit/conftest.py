@@ -1,10 +1,14 @@
 """Fixtures of the unit tests: warm rank processes, shared by the whole session; and which tests wait for the functional suite."""
 
 import gc
+import os
 
 import pytest
 
 from nemo_opt.testing import ranks as rank_pools
+
+# Before torch is loaded: the matrices are small, and several threads only wait for each other on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _LEFT_OUT = pytest.StashKey[int]()
 

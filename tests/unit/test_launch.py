@@ -97,6 +97,7 @@ def test_bad_input_in_a_rank_keeps_its_kind_and_message(targets, devices):
 
 
 @pytest.mark.ranks
+@pytest.mark.wide
 def test_a_bug_names_its_rank_and_shows_its_traceback(targets):
     with pytest.raises(RankFailedError, match=r"(?s)rank 1 failed:\nTraceback.*in crash.*ZeroDivisionError: a bug"):
         run_ranks(f"{targets}crash", {"on": "1"}, devices=2)

@@ -28,7 +28,7 @@ def settings(root, *, mbs=2):
     return api.data_config(seq_length=32, micro_batch_size=mbs, global_batch_size=4, index_mapping_dir=f"{root}/index")
 
 
-def training(steps=12, **changes):
+def training(steps=6, **changes):
     values = {"max_steps": steps, "seq_length": 32, "micro_batch_size": 2, "global_batch_size": 4, "lr": 1e-2, "limit_val_batches": 2}
     return TrainingConfig(**(values | changes))
 
@@ -48,7 +48,7 @@ def everything(root):
         checkpoint=path["teacher"],
         resume=True,
         data=data,
-        training=training(16),
+        training=training(8),
         topology=DP2,
         save_optimizer=False,
     )
@@ -87,7 +87,7 @@ def everything(root):
     r["searched"] = api.prune(
         checkpoint=path["teacher"],
         output=path["searched"],
-        pruning=PruningConfig(target_params=0.8 * r["teacher"].parameters, search={"top_k": 3}),
+        pruning=PruningConfig(target_params=0.8 * r["teacher"].parameters, search={"top_k": 2}),
         data=data,
         topology=TP2,
         scores=f"{root}/scores",
@@ -104,7 +104,7 @@ def everything(root):
         output=path["distilled"],
         distillation=DistillationConfig(intermediate_layer_pairs=[("decoder.final_layernorm", "decoder.final_layernorm")]),
         data=data,
-        training=training(10, val_check_interval=5),
+        training=training(6, val_check_interval=3),
         topology=PP2,
         eval_batches=EVAL_BATCHES,
     )
@@ -142,14 +142,14 @@ def test_training(results):
     assert teacher.loss_uniform == pytest.approx(math.log(384))
     assert teacher.tokens_per_s > 0
     info = read_info(teacher)
-    assert (info.model, info.iteration, info.consumed_samples, info.has_optimizer) == (MODEL, 12, 48, True)
+    assert (info.model, info.iteration, info.consumed_samples, info.has_optimizer) == (MODEL, 6, 24, True)
 
 
 def test_resume(results, root):
-    assert read_info(results["resumed"]).iteration == 16
+    assert read_info(results["resumed"]).iteration == 8
     assert not read_info(results["resumed"]).has_optimizer
     assert results["resumed"].loss_after < results["teacher"].loss_after
-    assert (root / "metrics.jsonl").read_text().count("grad_norm") == 12
+    assert (root / "metrics.jsonl").read_text().count("grad_norm") == 6
 
 
 def test_parameters_are_those_of_the_sizes(results):
@@ -194,7 +194,7 @@ def test_search(results, root):
     limit = 0.8 * searched.parameters_before
     assert searched.search["limits"] == {"params": limit}
     scored = searched.search["scored"]
-    assert 1 <= len(scored) <= 3 <= searched.search["fitting"]
+    assert 1 <= len(scored) <= 2 <= searched.search["fitting"]
     assert searched.parameters == searched.search["best"]["metrics"]["params"] <= limit
     assert searched.search["best"]["score"] == max(candidate["score"] for candidate in scored)
     assert searched.loss_after == pytest.approx(-searched.search["best"]["score"], abs=1e-5), "what was scored is what was written"
@@ -206,7 +206,7 @@ def test_search(results, root):
 
 def test_distill(results):
     distilled = results["distilled"]
-    assert distilled.steps == 10
+    assert distilled.steps == 6
     assert distilled.teacher_loss == pytest.approx(results["eval"].loss, abs=1e-5)
     assert distilled.loss_before == pytest.approx(results["pruned"].loss_after, abs=1e-5)
     assert distilled.kd_loss_last < distilled.kd_loss_first

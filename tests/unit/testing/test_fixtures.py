@@ -138,7 +138,7 @@ def test_leftovers_of_a_killed_build_are_removed(ranks):
 
 def test_two_builders_at_once(ranks):
     """Threads stand for processes: a file lock belongs to the open file, and each builder opens its own."""
-    ranks.wait_s = 0.3
+    ranks.wait_s = 0.1
     builders = [threading.Thread(target=lambda: fixtures.build(quiet=True).verify(), daemon=True) for _ in range(2)]
     for builder in builders:
         builder.start()
@@ -158,7 +158,7 @@ def test_waiting_is_said(ranks, capsys):
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
         other = threading.Thread(target=_hold_lock, args=(root,), daemon=True)
         other.start()
-        other.join(timeout=0.5)
+        other.join(timeout=0.2)
         assert other.is_alive()
     other.join(timeout=30)
     assert not other.is_alive()

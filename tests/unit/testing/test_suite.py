@@ -175,7 +175,7 @@ class TestLib:
         assert "L2_Try: FAILED (exit code 3)" in done.stdout
 
     def test_a_step_out_of_time_is_told_apart_and_ended(self, tmp_path):
-        done = self.lib(tmp_path, f"step slow 1 bash -c 'sleep 60 & echo $! > {tmp_path}/pid; wait'")
+        done = self.lib(tmp_path, f"step slow 0.3 bash -c 'sleep 60 & echo $! > {tmp_path}/pid; wait'")
         assert done.returncode == 124
         assert "L2_Try: TIMEOUT" in done.stdout
         assert_gone(int((tmp_path / "pid").read_text()))

@@ -26,13 +26,13 @@ def reference(ranks):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("layout", ["TP1PP1", "CP2", *(pytest.param(name, marks=pytest.mark.wide) for name in ("TP2PP1", "TP2PP1SP"))])
+@pytest.mark.parametrize("layout", ["TP1PP1", *(pytest.param(name, marks=pytest.mark.wide) for name in ("TP2PP1", "TP2PP1SP", "CP2"))])
 def test_te_spec_equals_local_spec(ranks, reference, layout):
     parity.require_parity(ranks, parity.TrainingCase(layout=layout, spec="te", model=TINY), reference=reference(TINY))
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("layout", ["TP1PP1", "EP2", pytest.param("TP2PP1SP", marks=pytest.mark.wide)])
+@pytest.mark.parametrize("layout", ["TP1PP1", *(pytest.param(name, marks=pytest.mark.wide) for name in ("EP2", "TP2PP1SP"))])
 def test_te_experts_equal_local_experts(ranks, reference, layout):
     parity.require_parity(ranks, parity.TrainingCase(layout=layout, spec="te", model=TINY_MOE), reference=reference(TINY_MOE))
 
