@@ -1,17 +1,19 @@
 """Whether importance is worth measuring: on a trained model, pruning by importance against pruning by chance to the same sizes.
 
-For each axis and each seed, importance is measured on other training samples, and the random choice is another one; both go through the
-same selection and slicing, and both losses are measured on the same validation samples. Axes are cut one at a time, so that none hides
+For each axis and each seed, importance is measured on other training samples, and the random choices are others; all go through the
+same selection and slicing, and all losses are measured on the same validation samples. Axes are cut one at a time, so that none hides
 another. `python -m nemo_opt.testing.prune_study --json FILE` prints the table and writes the numbers; docs/pruning.md records them.
 
-Random depth keeps the first layer half of the time or more, since there are few layers: so the study also says how much of the gap that is.
+Where there are few choices (three of four layers) chance is no sample: each seed sees all of them.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import combinations, islice
+from math import comb
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -27,39 +29,55 @@ TARGETS: dict[str, dict[str, int]] = {
     "heads": {"num_attention_heads": 4},
     "groups": {"num_query_groups": 2},
     "layers": {"num_layers": 3},
+    "hidden_112": {"hidden_size": 112},
+    "hidden_64": {"hidden_size": 64},
 }
-"""Each axis of the tiny Llama (4 layers, hidden 128, ffn 256, 8 heads in 4 groups), cut to a half or three quarters."""
+"""Cuts of the tiny Llama (4 layers, hidden 128, ffn 256, 8 heads in 4 groups), each to a half or three quarters; hidden to others too."""
 
+_AXES = ["hidden", "ffn", "heads", "groups", "layers"]
 _SAMPLES, _BATCHES, _MICRO_BATCH = 64, 8, 8
+_FEW = 20  # choices that are all tried
 
 
 @dataclass(frozen=True, kw_only=True)
 class AxisStudy:
-    """Losses of one axis, in nats a token, one for each seed."""
+    """Losses of one axis, in nats a token."""
 
     axis: str
     """What was cut."""
     unpruned: float
     """Loss of the whole model."""
     important: list[float]
-    """After pruning by importance."""
-    random: list[float]
-    """After pruning by chance."""
+    """After pruning by importance, seed by seed."""
+    random: list[list[float]]
+    """After pruning by chance, for each seed several times."""
 
     @property
     def gaps(self) -> list[float]:
-        """By how much importance is better, seed by seed."""
-        return [by_chance - by_importance for by_importance, by_chance in zip(self.important, self.random, strict=True)]
+        """By how much importance is better than the mean of its seed's choices by chance."""
+        return [mean(by_chance) - by_importance for by_importance, by_chance in zip(self.important, self.random, strict=True)]
+
+    def summary(self) -> dict[str, float | int]:
+        """What the table shows."""
+        choices = [loss for by_chance in self.random for loss in by_chance]
+        return {
+            "important_mean": mean(self.important),
+            "random_mean": mean(choices),
+            "random_median": median(choices),
+            "gap": mean(self.gaps),
+            "seeds_won": sum(gap > 0 for gap in self.gaps),
+            "choices_beaten": sum(mean(self.important) < loss for loss in choices) / len(choices),
+        }
 
 
-def study(*, root: str, seeds: int, axes: list[str], draws: int = 1) -> list[AxisStudy]:
+def study(*, root: str, seeds: int, axes: list[str], draws: int) -> list[AxisStudy]:
     """Prunes the teacher in `root` by importance and by chance, on every rank of a data parallel job.
 
     Args:
         root: Directory of fixtures.
         seeds: How many samples of calibration data and random choices.
         axes: Names in `TARGETS`.
-        draws: Random choices for each seed, whose mean loss counts.
+        draws: Random choices for each seed.
 
     """
     from nemo_opt.api._session import session
@@ -75,12 +93,17 @@ def study(*, root: str, seeds: int, axes: list[str], draws: int = 1) -> list[Axi
         results = []
         for axis in axes:
             important = [judge.loss(scores, TARGETS[axis]) for scores in measured]
-            by_chance = [
-                mean(judge.loss(_shuffled(measured[0], 1000 * seed + draw), TARGETS[axis]) for draw in range(draws))
-                for seed in range(seeds)
-            ]
+            by_chance = _by_chance(judge, measured[0], TARGETS[axis], seeds, draws)
             results.append(AxisStudy(axis=axis, unpruned=whole, important=important, random=by_chance))
         return results
+
+
+def _by_chance(judge: "_Judge", scores: Any, targets: dict[str, int], seeds: int, draws: int) -> list[list[float]]:
+    """Losses of random choices, `draws` for each seed; of all choices where only depth is cut and there are not more."""
+    total, count = scores.model.num_layers, targets.get("num_layers")
+    if count is not None and comb(total, count) <= max(draws, _FEW):
+        return [[judge.loss(_only_layers(scores, kept), targets) for kept in combinations(range(total), count)]] * seeds
+    return [[judge.loss(_shuffled(scores, 1000 * seed + draw), targets) for draw in range(draws)] for seed in range(seeds)]
 
 
 class _Judge:
@@ -137,28 +160,39 @@ def _shuffled(scores: Any, seed: int) -> Any:
     return replace(scores, hidden=chance(scores.hidden), layers=chance(scores.layers), **parts)
 
 
+def _only_layers(scores: Any, kept: Sequence[int]) -> Any:
+    """Scores by which the layers `kept`, counted from 0, stay."""
+    layers = scores.layers.new_zeros(len(scores.layers))
+    layers[list(kept)] = 1.0
+    return replace(scores, layers=layers)
+
+
 def _show(results: list[AxisStudy]) -> None:
-    print(f"unpruned: {results[0].unpruned:.4f} nats a token; losses over {len(results[0].random)} seeds: mean (smallest to largest)")
-    print(f"{'axis':<8}{'by importance':>28}{'by chance':>28}{'gap: median (smallest)':>26}{'better':>9}")
+    first = results[0]
+    print(f"unpruned: {first.unpruned:.4f} nats a token; {len(first.important)} seeds")
+    print(f"{'cut':<12}{'by importance':>14}{'by chance':>11}{'median':>9}{'gap':>9}{'seeds won':>11}{'choices beaten':>16}")
     for r in results:
-        ranges = [f"{mean(values):.4f} ({min(values):.4f} to {max(values):.4f})" for values in (r.important, r.random)]
-        won = sum(gap > 0 for gap in r.gaps)
-        print(f"{r.axis:<8}{ranges[0]:>28}{ranges[1]:>28}{f'{median(r.gaps):.4f} ({min(r.gaps):+.4f})':>26}{f'{won}/{len(r.gaps)}':>9}")
+        s = r.summary()
+        losses = f"{s['important_mean']:>14.4f}{s['random_mean']:>11.4f}{s['random_median']:>9.4f}{s['gap']:>+9.4f}"
+        beaten = f"{100 * s['choices_beaten']:.0f} % of {sum(map(len, r.random))}"
+        print(f"{r.axis:<12}{losses}{f'{s["seeds_won"]}/{len(r.gaps)}':>11}{beaten:>16}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the study on one rank and prints it; returns the exit code."""
     parser = argparse.ArgumentParser("nemo_opt.testing.prune_study", description="Pruning by importance against pruning by chance")
-    parser.add_argument("--seeds", type=int, default=5, help="Samples of calibration data, and random choices")
-    parser.add_argument("--draws", type=int, default=1, help="Random choices for each seed, whose mean loss counts")
-    parser.add_argument("--axes", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    parser.add_argument("--seeds", type=int, default=5, help="Samples of calibration data, each with its random choices")
+    parser.add_argument("--draws", type=int, default=6, help="Random choices for each seed")
+    parser.add_argument("--axes", nargs="+", choices=list(TARGETS), default=_AXES)
     parser.add_argument("--json", type=Path, help="Also write the numbers to this file")
     options = parser.parse_args(arguments)
+    if min(options.seeds, options.draws) < 1:
+        parser.error(f"--seeds {options.seeds} and --draws {options.draws} must be at least 1")
     settings = {"root": str(fixtures.build().root), "seeds": options.seeds, "axes": options.axes, "draws": options.draws}
     results = run_ranks("nemo_opt.testing.prune_study:study", settings, devices=1)
     _show(results)
     if options.json:
-        options.json.write_text(json.dumps({r.axis: {**asdict(r), "gaps": r.gaps} for r in results}, indent=1) + "\n")
+        options.json.write_text(json.dumps({r.axis: {**asdict(r), "gaps": r.gaps, **r.summary()} for r in results}, indent=1) + "\n")
     return 0
 
 
