@@ -39,7 +39,7 @@ def candidates(model: ModelConfig, config: PruningConfig, *, tp: int = 1, ep: in
         ep: Expert parallel ranks that must be.
 
     Raises:
-        ConfigError: None fits; says what the smallest of the space needs.
+        ConfigError: None fits, and what the smallest of the space needs; or the ranks can split none of them.
 
     """
     limits = {name: config.limits[name] for name in METRICS if name in config.limits}
@@ -50,6 +50,8 @@ def candidates(model: ModelConfig, config: PruningConfig, *, tp: int = 1, ep: in
         if all(metrics[name] <= limit for name, limit in limits.items()):
             found.append(Candidate(sizes=sizes, metrics=metrics))
         smallest = {name: min(least, metrics[name]) for name, least in smallest.items()}
+    if float("inf") in smallest.values():
+        raise ConfigError(f"tp {tp} and ep {ep} can split no architecture of the search space: choose other divisors, or another layout")
     if not found:
         raise ConfigError(_nothing_fits(limits, smallest, config))
     first = next(iter(limits))
@@ -63,7 +65,7 @@ def _combinations(model: ModelConfig, config: PruningConfig, tp: int, ep: int) -
         sizes = dict(zip(choices, values, strict=True))
         targets: dict[str, Any] = {f"target_{name}": size for name, size in sizes.items()}
         try:
-            yield sizes, PruningConfig(**targets).pruned(model, tp=tp, ep=ep)
+            yield sizes, PruningConfig(**targets).pruned(model, tp=tp, ep=ep) if targets else model
         except ConfigError:
             continue
 

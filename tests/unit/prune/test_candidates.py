@@ -3,7 +3,7 @@
 import nemo_opt._stack
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from modelopt.torch.prune.plugins.mcore_minitron import MCoreMinitronSearcher
 
@@ -27,6 +27,8 @@ def test_default_choices_are_modelopts_for_a_large_model():
         "num_attention_heads": [24, 32],
         "num_layers": [26, 28, 30, 32],
     }
+    mixture = SearchSpace().choices(EIGHT_B.with_(num_moe_experts=128))
+    assert mixture == choices | {"num_moe_experts": list(range(80, 129, 8))}  # 40 % of 16 multiples of 8
 
 
 def test_default_choices_of_a_small_model_are_eighths():
@@ -56,6 +58,7 @@ def test_sizes_that_cannot_change_or_must_not_are_left_out():
 @given(
     width=st.floats(0.01, 1.0), depth=st.floats(0.01, 1.0), divisor=st.integers(12, 128), layers=st.integers(1, 9), heads=st.integers(1, 6)
 )
+@example(width=1.0, depth=1.0, divisor=128, layers=1, heads=1)  # no size has a choice
 def test_the_grid_is_modelopts(width, depth, divisor, layers, heads):
     model = TINY.with_(num_layers=layers, num_attention_heads=4 * heads, kv_channels=16)
     space = SearchSpace(max_width_pruning=width, max_depth_pruning=depth, hidden_size_divisor=divisor, hparams_to_skip=["ffn_hidden_size"])
@@ -123,6 +126,15 @@ def test_what_the_layout_cannot_split_is_left_out():
 def test_nothing_fits():
     with pytest.raises(ConfigError, match=r"no architecture .* fits params <= 1,000; the smallest there have params 604,880: raise"):
         candidates(TINY, PruningConfig(target_params=1000))
+
+
+def test_a_space_without_choices_is_the_model_itself():
+    whole = parameters(TINY)
+    space = SearchSpace(hparams_to_skip=["hidden_size", "ffn_hidden_size", "num_attention_heads", "num_layers"])
+    (itself,) = candidates(TINY, PruningConfig(target_params=whole, search=space))
+    assert (itself.sizes, itself.metrics) == ({}, footprint(TINY))
+    with pytest.raises(ConfigError, match=rf"the smallest there have params {whole:,}: raise the limit"):
+        candidates(TINY, PruningConfig(target_params=whole - 1, search=space))
 
 
 def test_experts_are_searched_and_split():

@@ -33,9 +33,9 @@ def refusal(kind, call):
     [
         ({"drop_layers": [1], "target_num_layers": 2}, "drop_layers cannot be used with other pruning parameters"),
         (
-            {"target_params": 5, "target_active_params": 4, "target_num_layers": 2, "target_hidden_size": 8},
+            {"target_params": 5, "target_active_params": 4, "target_num_layers": 2, "target_num_query_groups": 2},
             (
-                "['target_hidden_size', 'target_num_layers'] fix sizes that a search by ['active_params', 'params'] would find: "
+                "['target_num_layers', 'target_num_query_groups'] fix sizes that a search by ['active_params', 'params'] would find: "
                 "give one or the other; search.hparams_to_skip keeps a size as it is"
             ),
         ),
@@ -157,6 +157,12 @@ def test_limits_that_nothing_fits():
     assert refusal(ConfigError, lambda: candidates(TINY, config)) == (
         "no architecture of the search space fits params <= 1,000, memory_mb <= 0.5; the smallest there have "
         "params 604,880, memory_mb 5.153717041: raise the limit, max_width_pruning 0.4 or max_depth_pruning 0.2"
+    )
+
+
+def test_ranks_that_can_split_nothing():
+    assert refusal(ConfigError, lambda: candidates(TINY, PruningConfig(target_params=1e6), tp=3, ep=2)) == (
+        "tp 3 and ep 2 can split no architecture of the search space: choose other divisors, or another layout"
     )
 
 
