@@ -33,6 +33,7 @@ def weights_digest(gpt_model: Any) -> str:
 
 
 def _checksum(shard: Shard) -> int:
+    """A summand of the weight's sum, not yet reduced modulo 2**64."""
     tensor = shard.tensor.reshape(shard.tensor.shape[0], -1)
     columns = _numbers(shard.offset[1] if len(shard.offset) > 1 else 0, tensor.shape[1], _ODD_B, tensor.device)
     total = 0
@@ -40,7 +41,7 @@ def _checksum(shard: Shard) -> int:
         bits = tensor[start : start + _ROWS].contiguous().view(_BITS[tensor.element_size()]).long()
         rows = _numbers(shard.offset[0] + start, bits.shape[0], _ODD_A, tensor.device)
         total += int(((bits * columns).sum(dim=1) * rows).sum())
-    return total % 2**64
+    return total
 
 
 def _numbers(start: int, count: int, factor: int, device: torch.device) -> torch.Tensor:

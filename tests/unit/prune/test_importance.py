@@ -1,5 +1,7 @@
 """Measuring on one rank in this process: what is counted and added up, and what the model is like before and after."""
 
+from unittest.mock import patch
+
 import nemo_opt._stack
 
 import pytest
@@ -73,6 +75,34 @@ def test_a_loop_that_shows_nothing_is_refused(one_rank):
     chunks = testing.contrasted_model(one_rank, SMALL, "local")
     with pytest.raises(DataError, match=r"^layers \[1, 2\] have seen no data: the forward loop must run .* on every rank$"):
         measure_importance(chunks, lambda _: None)
+
+
+def test_layers_of_other_ranks_that_saw_nothing_are_named(one_rank):
+    chunks = testing.contrasted_model(one_rank, SMALL, "local")
+
+    def gather(everyone, mine):
+        assert (everyone, mine) == ([None] * 3, [])
+        everyone[:] = [[8], mine, [1, 8]]
+
+    data = loop(testing.batches(count=1))
+    with (
+        patch("nemo_opt.prune.importance.weights_digest"),
+        patch("nemo_opt.prune.importance.dist.get_world_size", return_value=3),
+        patch("nemo_opt.prune.importance.dist.all_gather_object", gather),
+        pytest.raises(DataError, match=r"layers \[1, 8\] have seen no data"),
+    ):
+        measure_importance(chunks, data)
+
+
+def test_all_ranks_take_the_first_ones_scores(one_rank):
+    chunks = testing.contrasted_model(one_rank, SMALL, "local")
+
+    def broadcast(holder, *, src):
+        assert (holder[0].model, src) == (SMALL, 0)
+        holder[0] = "the first one's"
+
+    with patch("nemo_opt.prune.importance.dist.broadcast_object_list", broadcast):
+        assert measure_importance(chunks, loop(testing.batches(count=1))) == "the first one's"
 
 
 def test_an_expert_without_tokens_scores_zero(one_rank):

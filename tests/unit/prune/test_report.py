@@ -167,6 +167,7 @@ def test_a_curve_descends_from_one_and_marks_what_stays():
     (span,) = plot.patches
     assert (span.get_x(), span.get_x() + span.get_width()) == (2.5, 4.5)
     assert plot.get_xlim() == (0.5, 4.5)
+    assert all(tick == round(tick) for tick in plot.get_xticks()), "there is no channel two and a half"
     assert plot.get_ylim() == (0, 1.05)
     assert plot.get_xlabel() == "most important first; filled ones stay"
     assert plot.get_ylabel() == "importance / largest"
