@@ -122,8 +122,8 @@ def _input_hook(record: LayerActivations, name: str) -> Any:
 
 
 def _influence_hook(record: LayerActivations, group: Any) -> Any:
-    def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        before_SBH = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).detach().float()
+    def hook(_module: Any, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        before_SBH = kwargs["hidden_states"].detach().float()  # Megatron-Core's decoder passes it by name
         cosine_SB = torch.nn.functional.cosine_similarity(before_SBH, output[0].detach().float(), dim=-1)
         change = _summed((1 - cosine_SB).sum(dtype=torch.float64), group)
         tokens = cosine_SB.numel() * group.size()

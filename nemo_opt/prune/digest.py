@@ -27,7 +27,7 @@ def weights_digest(gpt_model: Any) -> str:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     sums: dict[str, int] = {}
-    for (key, _), value in sorted({place: value for ours in everyone for place, value in ours.items()}.items()):
+    for (key, _), value in {place: value for ours in everyone for place, value in ours.items()}.items():
         sums[key] = (sums.get(key, 0) + value) % 2**64
     return hashlib.sha256(repr(sorted(sums.items())).encode()).hexdigest()
 

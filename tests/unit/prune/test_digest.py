@@ -70,6 +70,11 @@ def test_pieces_and_replicas_of_a_weight_give_its_digest():
     assert digest(*rows) == digest(*columns) == digest(*halves) == whole
 
 
+def test_the_order_of_weights_is_that_of_their_names():
+    one, two = numbers(2, 2), numbers(3, 2)
+    assert digest([shard("b", one), shard("a", two)]) == digest([shard("a", two)], [shard("b", one)]) == by_definition(a=two, b=one)
+
+
 def test_names_are_told_apart():
     weight = numbers(2, 2)
     assert digest([shard("a", weight)]) != digest([shard("b", weight)])
