@@ -51,6 +51,21 @@ def _losses(result: Any) -> tuple[str, str]:
     return "validation loss", _arrow(format_loss(result.loss_before), format_loss(result.loss_after))
 
 
+def _pruning_rows(result: PruneResult) -> Iterable[tuple[str, str]]:
+    yield _losses(result)
+    yield "parameters", _arrow(format_count(result.parameters_before), format_count(result.parameters))
+    for name, after in result.model_after.items():
+        if (before := result.model_before.get(name)) != after and name != "kv_channels":  # None or a number, but always the same
+            yield name, _arrow(str(before), str(after))
+    numbers = range(1, result.model_before.get("num_layers", 0) + 1)
+    if result.kept_layers and (gone := [str(number) for number in numbers if number not in result.kept_layers]):
+        yield "layers dropped", ", ".join(gone)
+    if result.importance_tokens is not None:
+        yield "importance", f"measured on {result.importance_tokens:,} tokens"
+    if result.search is not None:
+        yield "search", f"best of {len(result.search['scored'])} scored, {result.search['fitting']} within the limits"
+
+
 def _rows(result: Result) -> Iterable[tuple[str, str]]:
     """What is particular to each kind of result."""
     match result:
@@ -63,13 +78,7 @@ def _rows(result: Result) -> Iterable[tuple[str, str]]:
             yield _losses(result)
             yield "bytes", _arrow(format_bytes(result.bytes_before), format_bytes(result.bytes_after))
         case PruneResult():
-            yield _losses(result)
-            yield "parameters", _arrow(format_count(result.parameters_before), format_count(result.parameters))
-            for name, after in result.model_after.items():
-                if (before := result.model_before.get(name)) != after:
-                    yield name, _arrow(str(before), str(after))
-            if result.search is not None:
-                yield "search", f"best of {len(result.search['scored'])} scored, {result.search['fitting']} within the limits"
+            yield from _pruning_rows(result)
         case DistillResult():
             yield _losses(result)
             yield "teacher's loss", format_loss(result.teacher_loss)

@@ -141,6 +141,18 @@ def test_a_search_is_reported(capsys):
     assert "best of 3 scored, 40 within the limits" in capsys.readouterr().out
 
 
+def test_a_pruning_says_which_layers_are_gone_and_what_importance_saw(capsys):
+    sizes = {"num_layers": 4, "kv_channels": None}
+    pruned = replace(RESULTS["prune"], model_before=sizes, model_after={"num_layers": 2, "kv_channels": 16}, kept_layers=[1, 3])
+    report.show(replace(pruned, importance_tokens=4096))
+    measured = capsys.readouterr().out
+    assert [line for line in measured.splitlines() if "dropped" in line and "2, 4" in line]
+    assert "measured on 4,096 tokens" in measured
+    assert "kv_channels" not in measured, "channels of a head never change"
+    report.show(pruned)
+    assert "importance" not in capsys.readouterr().out
+
+
 def test_json(started, tmp_path, capsys):
     path = tmp_path / "result.json"
     assert call(f"eval DIR --json {path}") == 0
