@@ -128,7 +128,7 @@ def test_scores_are_saved(patched):
 
 
 @pytest.mark.parametrize("as_module", [False, True])
-@pytest.mark.parametrize(("limit", "used"), [(None, [1, 2, 3]), (2, [1, 2]), (9, [1, 2, 3])])
+@pytest.mark.parametrize(("limit", "used"), [(None, [1, 2, 3]), (1, [1]), (2, [1, 2]), (9, [1, 2, 3])])
 def test_batches_come_from_iterables_and_data_modules(patched, as_module, limit, used):
     data = SimpleNamespace(train_dataloader=lambda: iter([1, 2, 3])) if as_module else [1, 2, 3]
     trainer = None if limit is None else SimpleNamespace(limit_val_batches=limit)

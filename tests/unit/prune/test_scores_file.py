@@ -28,7 +28,7 @@ def _scores(**changes):
 
 
 def test_what_is_saved_is_loaded(tmp_path):
-    path, scores = tmp_path / "new" / "scores.safetensors", _scores()
+    path, scores = tmp_path / "new" / "folder" / "scores.safetensors", _scores()
     for _ in range(2):  # the second replaces the first
         scores.save(path)
     loaded = ImportanceScores.load(path, model=MODEL)
