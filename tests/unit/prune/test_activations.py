@@ -110,3 +110,16 @@ def test_sums_over_data_parallel_ranks_leave_the_records_alone(doubled):
     record = torch.tensor([1.0, 2.0])
     assert importance._sum_over(record, Pair()).tolist() == [2.0, 4.0]
     assert record.tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_parts_of_tensor_parallel_ranks_are_put_side_by_side(dim):
+    def all_gather(parts, tensor, *, group):
+        assert isinstance(group, Pair)
+        parts[0].copy_(tensor)
+        parts[1].copy_(-tensor)
+
+    part = torch.tensor([[1.0, 2.0]])
+    with patch("torch.distributed.all_gather", all_gather):
+        assert torch.equal(importance._side_by_side(part, Pair(), dim=dim), torch.cat([part, -part], dim=dim))
+        assert importance._side_by_side(part[0], Pair()).tolist() == [1, 2, -1, -2]

@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 from nemo_opt.errors import ConfigError
 from nemo_opt.models.config import preset
 from nemo_opt.prune.config import PruningConfig
-from nemo_opt.prune.footprint import parameters
+from nemo_opt.prune.footprint import memory_mb, parameters
 from nemo_opt.prune.space import SearchSpace
 
 TINY = preset("tiny")  # 4 layers, hidden 128, ffn 256, 8 heads in 4 groups
@@ -200,6 +200,14 @@ def test_a_model_within_the_limits_is_refused():
     PruningConfig(target_params=whole, target_memory_mb=0.1).check_against(TINY)
     with pytest.raises(ConfigError, match=rf"within the limits already \(params {whole:,} <= {whole:,}\)"):
         PruningConfig(target_params=whole).check_against(TINY)
+
+
+def test_the_cache_that_was_asked_for_counts_for_the_limit():
+    space = {"seq_length": 100, "batch_size": 7}
+    whole = memory_mb(TINY, sequence_length=100, batch_size=7)
+    PruningConfig(target_memory_mb=0.999 * whole, search=space).check_against(TINY)
+    with pytest.raises(ConfigError, match="within the limits already"):
+        PruningConfig(target_memory_mb=1.001 * whole, search=space).check_against(TINY)
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,18 @@ def unreachable(name, target, size, reason, nearest):
             "target_num_query_groups 1 leaves 2 heads, 2 % tp 4 != 0: choose other groups or a tp",
         ),
         (
+            {"target_num_attention_heads": 3, "target_num_query_groups": 1},
+            TINY,
+            {"tp": 2},
+            unreachable(
+                "num_attention_heads",
+                3,
+                8,
+                f" and is a multiple of the 1 query groups that stay, which have 2 heads and a multiple of tp 2 {HEADS}",
+                "2",
+            ),
+        ),
+        (
             {"target_num_attention_heads": 6},
             TINY,
             {},

@@ -6,7 +6,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from matplotlib.colors import same_color
 from matplotlib.figure import Figure
@@ -196,6 +196,7 @@ def test_dots_while_they_can_be_told_apart(count, marked):
     assert ("filled ones stay" in plot.get_xlabel()) == marked
 
 
+@example(values=[float(n) for n in range(500, 0, -1)])
 @given(values=st.lists(st.floats(0, 1e3), min_size=1, max_size=400).map(lambda values: sorted(values, reverse=True)))
 def test_a_thinned_curve_keeps_both_ends_and_true_points(values):
     ranks, heights = _thinned(values)

@@ -1,14 +1,17 @@
 """Which elements of which old weight are in each new one, by a choice made up here, on one rank in this process."""
 
+from unittest.mock import patch
+
 import nemo_opt._stack
 
 import pytest
 import torch
 
 from nemo_opt.models.config import preset
+from nemo_opt.models.shards import Shard
 from nemo_opt.parallel import Topology, parallel
 from nemo_opt.prune.selection import Kept, KeptLayer
-from nemo_opt.prune.slicing import slice_model
+from nemo_opt.prune.slicing import _pass_on, _Piece, slice_model
 from nemo_opt.testing import pruning as testing
 
 SMALL = preset(
@@ -68,3 +71,39 @@ def test_each_new_weight_is_cut_from_its_old_one(one_rank, spec, experts):
     new_weights = testing.whole_weights(chunks)
     assert new_weights.keys() == expected.keys()
     assert [name for name, weight in new_weights.items() if not torch.equal(weight, expected[name])] == []
+
+
+class Pair:
+    """A group of two, of which this is the first."""
+
+    def size(self):
+        return 2
+
+    def rank(self):
+        return 0
+
+
+@pytest.mark.parametrize("owner", [0, 1])
+def test_a_piece_is_shown_to_the_group_as_it_was_cut(owner):
+    whole = torch.arange(48.0, dtype=torch.bfloat16).view(8, 6)
+    rows, columns = [1, 5, 7], [0, 2]
+    mine = Shard(key="w", global_shape=(3, 2), offset=(0, 0), tensor=torch.zeros(3, 2, dtype=torch.bfloat16))
+    last = Shard(key="w", global_shape=(3, 2), offset=(2, 1), tensor=torch.zeros(1, 1, dtype=torch.bfloat16))
+    shown = []
+
+    def broadcast(tensor, *, group, group_src):
+        shown.append((tuple(tensor.shape), tensor.dtype, group_src))
+        if group_src != 0:
+            tensor.copy_(whole[rows[1:]][:, columns])
+
+    def pass_on(kept):
+        with patch("nemo_opt.prune.slicing.dist.broadcast", broadcast):
+            piece = _Piece(owner, (4, 0), (4, 6), torch.bfloat16)
+            _pass_on(piece, whole[4:] if owner == 0 else None, [kept, columns], [mine, last], Pair())
+
+    pass_on(rows)
+    assert shown == [((2, 2), torch.bfloat16, owner)]
+    assert mine.tensor.tolist() == [[0, 0], *whole[rows[1:]][:, columns].tolist()]
+    assert last.tensor.item() == whole[7, 2]
+    pass_on([0, 3])
+    assert len(shown) == 1, "nothing of this piece stays"
