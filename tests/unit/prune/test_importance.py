@@ -10,7 +10,8 @@ import torch
 from nemo_opt.errors import ConfigError, DataError
 from nemo_opt.models.config import preset
 from nemo_opt.parallel import Topology, parallel
-from nemo_opt.prune.importance import measure_importance
+from nemo_opt.prune.activations import LayerActivations
+from nemo_opt.prune.importance import _whole_experts, measure_importance
 from nemo_opt.prune.selection import keep_layers
 from nemo_opt.prune.slicing import check_weights, slice_model
 from nemo_opt.testing import pruning as testing
@@ -46,6 +47,8 @@ def test_micro_batches_add_up(one_rank, spec, experts):
         ours, first, second = (getattr(scores, name) for scores in (both, one, two))
         for number in (1, 2):
             assert torch.allclose(ours[number].square(), first[number].square() + second[number].square(), rtol=SUMS_TOLERANCE)
+    for number, heads in both.heads.items():
+        assert torch.allclose(both.groups[number], heads.view(2, -1).norm(dim=1), rtol=SUMS_TOLERANCE)
     tensors = [both.hidden, both.layers, *(t for name in ("ffn", "heads", "groups", "experts") for t in getattr(both, name).values())]
     assert all(tensor.dtype == torch.float64 and bool((tensor > 0).all()) for tensor in tensors)
     assert (both.model, list(both.ffn)) == (SMALL.with_(num_moe_experts=experts), [1, 2])
@@ -103,6 +106,16 @@ def test_all_ranks_take_the_first_ones_scores(one_rank):
 
     with patch("nemo_opt.prune.importance.dist.broadcast_object_list", broadcast):
         assert measure_importance(chunks, loop(testing.batches(count=1))) == "the first one's"
+
+
+def test_experts_scores_are_means_over_their_tokens(one_rank):
+    record = LayerActivations()
+    record.expert_tokens = torch.tensor([1.0, 0.0, 4.0], dtype=torch.float64)
+    record.experts = torch.tensor([3.0, 0.0, 2.0], dtype=torch.float64)
+    record.ffn = torch.tensor([[5.0, 6.0], [0.0, 0.0], [8.0, 2.0]], dtype=torch.float64)
+    scores = _whole_experts(record)
+    assert scores["experts"].tolist() == [3.0, 0.0, 0.5]
+    assert scores["ffn"].tolist() == [[5.0, 6.0], [0.0, 0.0], [2.0, 0.5]]
 
 
 def test_an_expert_without_tokens_scores_zero(one_rank):

@@ -83,6 +83,26 @@ def test_sizes_that_ranks_cannot_share_are_refused(patched, axis, config, named)
     assert untouched(patched)
 
 
+def test_experts_that_ranks_cannot_share_are_refused(patched):
+    patched.gpt_model.config.expert_model_parallel_size = 4
+    mixture = preset("tiny", num_moe_experts=8)
+    with patch(f"{HERE}.model_config_of", return_value=mixture), pytest.raises(ConfigError, match="ep 4; nearest: 4 or 8"):
+        prune_language_model(object(), {"target_num_moe_experts": 6}, [1])
+    assert untouched(patched)
+
+
+def test_a_score_function_is_for_limits_only(patched):
+    with patch(f"{HERE}.search_architecture") as search:
+        prune_language_model(object(), {"target_hidden_size": 64}, [1], score_function=len)
+        search.assert_not_called()
+        patched.select.assert_called_once_with(patched.scores, {"hidden_size": 64})
+        model, config = object(), PruningConfig(target_params=1e5)
+        search.return_value.best.sizes = {"num_layers": 3}
+        prune_language_model(model, config, [1], score_function=len)
+        search.assert_called_once_with(model, config, patched.scores, len)
+    patched.select.assert_called_with(patched.scores, {"num_layers": 3})
+
+
 def test_forward_loop_is_passed_on_and_what_is_best_stays(patched):
     def loop(model):
         raise AssertionError("measuring calls it, nobody else")
