@@ -7,9 +7,12 @@ import logging
 import os
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from pathlib import Path
+
+from tqdm import tqdm
 
 from nemo_opt import launch
 from nemo_opt.errors import NemoOptError
@@ -52,6 +55,7 @@ if __name__ == "__main__":
     faulthandler.enable()
     _die_with_parent()
     _quiet_upstream()
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a rank that is killed leaves behind
     code = main(Path(sys.argv[1]))
     sys.stdout.flush()
     sys.stderr.flush()

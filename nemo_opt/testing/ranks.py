@@ -305,10 +305,12 @@ def _join_world(rank: int, size: int, folder: str) -> None:
 
     import torch
     import torch.distributed as dist
+    from tqdm import tqdm
 
     from nemo_opt.device import choose_device
 
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a rank that is killed leaves behind
     choice = choose_device()
     if choice.type == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())

@@ -128,6 +128,7 @@ def test_redirect_holds_in_backward_in_recomputation_and_in_threads(thread):
     assert x.grad.tolist() == [2.0, 2.0]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.cuda.amp.autocast:FutureWarning")  # which GPU programs still use
 def test_autocast_is_seen_by_those_who_ask():
     assert not torch.is_autocast_enabled()
     with torch.cuda.amp.autocast(dtype=torch.bfloat16):
