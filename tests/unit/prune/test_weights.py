@@ -11,7 +11,7 @@ from nemo_opt.models.config import preset
 from nemo_opt.models.shards import Shard
 from nemo_opt.parallel import Topology, parallel
 from nemo_opt.prune.selection import Kept, KeptLayer
-from nemo_opt.prune.slicing import _pass_on, _Piece, slice_model
+from nemo_opt.prune.slicing import _Cuts, _pass_on, _Piece, slice_model
 from nemo_opt.testing import pruning as testing
 
 SMALL = preset(
@@ -71,6 +71,28 @@ def test_each_new_weight_is_cut_from_its_old_one(one_rank, spec, experts):
     new_weights = testing.whole_weights(chunks)
     assert new_weights.keys() == expected.keys()
     assert [name for name, weight in new_weights.items() if not torch.equal(weight, expected[name])] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "columns"),
+    [
+        ("input_layernorm.bias", HIDDEN, None),
+        ("mlp.linear_fc1.layer_norm_bias", HIDDEN, None),
+        ("self_attention.q_layernorm.weight", range(4), None),
+        ("self_attention.k_layernorm.weight", range(4), None),
+        ("self_attention.linear_qkv.bias", channels([0, 2, 3, 9, 10, 11]), None),
+        ("self_attention.linear_proj.bias", HIDDEN, None),
+        ("mlp.linear_fc1.bias_v", [1, 23], None),
+        ("mlp.linear_fc2.bias", HIDDEN, None),
+        ("mlp.linear_fc2.weight", HIDDEN, [1, 23]),
+    ],
+)
+def test_each_weight_of_a_layer_has_its_rows_and_columns(name, rows, columns):
+    """Also those that the models built here do not have: biases, and norms of queries and keys."""
+    layer = KeptLayer(heads=[0, 5], groups=[0, 2], ffn=FFN[:1])
+    old_key, indices = _Cuts(SMALL, Kept(hidden=HIDDEN, layers={3: layer})).of(f"decoder.layers.0.{name}", 1 if columns is None else 2)
+    assert old_key == f"decoder.layers.2.{name}"
+    assert indices == ([rows] if columns is None else [rows, columns])
 
 
 class Pair:
