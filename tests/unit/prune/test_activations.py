@@ -11,7 +11,7 @@ import torch.distributed as dist
 from nemo_opt.models.config import preset
 from nemo_opt.parallel import Topology, parallel
 from nemo_opt.prune import importance
-from nemo_opt.prune.activations import recorded_layers
+from nemo_opt.prune.activations import LayerActivations, recorded_layers
 from nemo_opt.testing import pruning as testing
 
 SMALL = preset(
@@ -112,14 +112,37 @@ def test_sums_over_data_parallel_ranks_leave_the_records_alone(doubled):
     assert record.tolist() == [1.0, 2.0]
 
 
-@pytest.mark.parametrize("dim", [0, 1])
-def test_parts_of_tensor_parallel_ranks_are_put_side_by_side(dim):
+@pytest.fixture
+def opposites():
+    """The other rank of a `Pair` holds this one's numbers with the sign turned."""
+
     def all_gather(parts, tensor, *, group):
         assert isinstance(group, Pair)
         parts[0].copy_(tensor)
         parts[1].copy_(-tensor)
 
-    part = torch.tensor([[1.0, 2.0]])
     with patch("torch.distributed.all_gather", all_gather):
-        assert torch.equal(importance._side_by_side(part, Pair(), dim=dim), torch.cat([part, -part], dim=dim))
-        assert importance._side_by_side(part[0], Pair()).tolist() == [1, 2, -1, -2]
+        yield
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_parts_of_ranks_are_put_side_by_side(opposites, dim):
+    part = torch.tensor([[1.0, 2.0]])
+    assert torch.equal(importance._side_by_side(part, Pair(), dim=dim), torch.cat([part, -part], dim=dim))
+    assert importance._side_by_side(part[0], Pair()).tolist() == [1, 2, -1, -2]
+
+
+@pytest.mark.parametrize(
+    ("shared", "ffn", "experts"),
+    [
+        ("expert_tensor_parallel", [[4, 6, -4, -6], [1, 3, -1, -3]], [1, 2]),
+        ("expert_model_parallel", [[4, 6], [1, 3], [-4, -6], [-1, -3]], [1, 2, -1, -2]),
+    ],
+)
+def test_ranks_share_the_channels_of_experts_or_the_experts(one_rank, opposites, shared, ffn, experts):
+    record = LayerActivations()
+    record.expert_tokens, record.experts = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0])
+    record.ffn = torch.tensor([[4.0, 6.0], [2.0, 6.0]])
+    with patch(GROUPS.format(shared), return_value=Pair()):
+        scores = importance._whole_experts(record)
+    assert (scores["ffn"].tolist(), scores["experts"].tolist()) == (ffn, experts)

@@ -1,4 +1,6 @@
 import json
+import os
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -73,6 +75,12 @@ def test_nothing_is_left_of_a_save_that_fails(tmp_path):
     with pytest.raises(TypeError):
         write_scores_file(tmp_path / "scores", {"hidden": torch.ones(1)}, {"model": object()})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_written_beside_its_place_under_a_hidden_name(tmp_path):
+    with patch("nemo_opt.prune.scores_file.save_file", side_effect=OSError("disk full")) as save, pytest.raises(OSError, match="full"):
+        write_scores_file(tmp_path / "scores", {}, {})
+    assert save.call_args.args[1] == tmp_path / f".scores.partial-{os.getpid()}"
 
 
 def _header(**changes):
