@@ -36,7 +36,7 @@ def scalar(value):
 def test_hidden_states_count_as_much_as_logits():
     logits, one, two = scalar(3), scalar(0.2), scalar(0.4)
     out = balance(logits, [one, two])
-    assert {name: float(loss) for name, loss in out.items()} == pytest.approx({"kd_loss": 6, "logits_loss": 3, "intermediate_loss": 0.3})
+    assert {name: loss.item() for name, loss in out.items()} == pytest.approx({"kd_loss": 6, "logits_loss": 3, "intermediate_loss": 0.3})
     out["kd_loss"].backward()
     # d/done of 3 / 0.3 * (one + two) / 2, the ratio being a constant
     assert (float(logits.grad), float(one.grad), float(two.grad)) == pytest.approx((1, 5, 5))
@@ -45,13 +45,13 @@ def test_hidden_states_count_as_much_as_logits():
 def test_lm_loss_weighs_as_kd_loss_scale_says():
     logits, lm = scalar(3), scalar(6)
     out = balance(logits, lm=lm, skip_lm_loss=False, kd_loss_scale=0.5)
-    assert float(out["kd_loss"]) == pytest.approx(6 + 6 * 0.5)
+    assert out["kd_loss"].item() == pytest.approx(6 + 6 * 0.5)
     out["kd_loss"].backward()
     assert (float(logits.grad), float(lm.grad)) == pytest.approx((6 / 3 * 0.5, 1))
 
 
 def test_skipped_lm_loss_leaves_no_trace():
-    assert float(balance(scalar(3), lm=scalar(5), skip_lm_loss=True)["kd_loss"]) == 3
+    assert balance(scalar(3), lm=scalar(5), skip_lm_loss=True)["kd_loss"].item() == 3
 
 
 losses = st.floats(-(2.0**-20), 1024, width=32)
