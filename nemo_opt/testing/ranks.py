@@ -38,6 +38,7 @@ START_TIMEOUT_S = 180.0
 RUN_TIMEOUT_S = 120.0
 """For one dispatch where the caller says nothing; the slowest tests take a few seconds."""
 _GRACE_S = 0.3  # after the first failure, for the other ranks to report: the cause and its consequences come within milliseconds
+_RELEASE_S = 1.0  # for ranks that have failed to leave
 _END_S = 5.0  # for a rank to leave on request, before it is killed
 
 _REMEDY = "`python -m nemo_opt.testing.preload` shows what it imports and why that fails"
@@ -192,9 +193,17 @@ class RankPool:
             return RankTimeoutError(f"{self.size} ranks did not finish in {timeout_s:g} s\n{stacks}")
         (rank, first), *others = failures
         output = self._output(rank)
+        self._release([rank for rank, _ in failures])
         also = [f"rank {r} of {self.size} too: {text.strip().splitlines()[-1]}" for r, text in others]
         self._kill()
         return RankError("\n".join([f"rank {rank} of {self.size} {first.strip()}", *also, *([f"its output:\n{output}"] if output else [])]))
+
+    def _release(self, ranks: list[int]) -> None:
+        """Let ranks that have reported end by themselves, so that what they measured (coverage) is kept."""
+        for rank in ranks:
+            with suppress(OSError):
+                self._connections[rank].send_bytes(b"")
+        _join([self._processes[rank] for rank in ranks], _RELEASE_S)
 
     def _stacks(self) -> str:
         for process in self._processes:
@@ -263,13 +272,13 @@ def _rank_main(rank: int, size: int, folder: str, connection: Connection) -> Non
     faulthandler.register(signal.SIGUSR1, file=output, all_threads=True)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
-    _answer(connection, lambda: _join_world(rank, size, folder))
+    is_healthy = _answer(connection, lambda: _join_world(rank, size, folder))
     while message := _next_message(connection):
         output.truncate(0)  # not after the call: its output explains a failure
-        _answer(connection, lambda message=message: _run(message))  # type: ignore[misc]
+        is_healthy = _answer(connection, lambda message=message: _run(message))  # type: ignore[misc]
     import torch.distributed as dist
 
-    if dist.is_initialized():
+    if is_healthy and dist.is_initialized():  # after a failure its peers may be gone
         dist.destroy_process_group()
 
 
@@ -288,14 +297,16 @@ def _next_message(connection: Connection) -> bytes:
         return b""
 
 
-def _answer(connection: Connection, call: Callable[[], Any]) -> None:
+def _answer(connection: Connection, call: Callable[[], Any]) -> bool:
+    succeeded = True
     try:
         answer = pickle.dumps((True, call()))
     except BaseException:  # noqa: BLE001 - reported to the parent, which ends this rank
-        answer = pickle.dumps((False, traceback.format_exc()))
+        succeeded, answer = False, pickle.dumps((False, traceback.format_exc()))
     sys.stdout.flush()
     sys.stderr.flush()
     connection.send_bytes(answer)
+    return succeeded
 
 
 def _join_world(rank: int, size: int, folder: str) -> None:

@@ -226,7 +226,7 @@ def _show(outcomes: Sequence[Outcome]) -> None:
     for o in outcomes:
         where = ": ".join(part for part in (o.reason, o.log) if part)
         table.add_row(o.name, f"[{colours[o.status]}]{o.status}[/]", f"{o.time_s:.0f} s", where)
-    console = Console()
+    console = Console(width=None if Console().is_terminal else 150)
     console.print(table)
     counts = {status: sum(o.status == status for o in outcomes) for status in colours}
     console.print(", ".join(f"{count} {status}" for status, count in counts.items()))

@@ -3,6 +3,7 @@
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -134,3 +135,17 @@ def test_a_fork_server_that_cannot_import_the_stack_is_reported_with_the_remedy(
     monkeypatch.setattr(rank_pools._context, "Process", Process)
     with pytest.raises(RankError, match=f"fork server of the test ranks is {word}: `python -m nemo_opt.testing.preload`"):
         rank_pools.RankPool(2)
+
+
+def _leave_a_note_at_the_end_and_fail(path):
+    from multiprocessing.util import Finalize
+
+    Finalize(None, Path(path).touch, exitpriority=1)
+    raise ValueError("on purpose")
+
+
+def test_a_rank_that_has_failed_ends_by_itself(own_pools, tmp_path):
+    """Or coverage of all that it ran before would be lost."""
+    with pytest.raises(RankError, match="on purpose"):
+        own_pools(1).run(_leave_a_note_at_the_end_and_fail, str(tmp_path / "note"))
+    assert (tmp_path / "note").exists()
