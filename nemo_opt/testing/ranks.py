@@ -38,7 +38,6 @@ START_TIMEOUT_S = 180.0
 RUN_TIMEOUT_S = 120.0
 """For one dispatch where the caller says nothing; the slowest tests take a few seconds."""
 _GRACE_S = 0.3  # after the first failure, for the other ranks to report: the cause and its consequences come within milliseconds
-_RELEASE_S = 1.0  # for ranks that have failed to leave
 _END_S = 5.0  # for a rank to leave on request, before it is killed
 
 _REMEDY = "`python -m nemo_opt.testing.preload` shows what it imports and why that fails"
@@ -203,7 +202,7 @@ class RankPool:
         for rank in ranks:
             with suppress(OSError):
                 self._connections[rank].send_bytes(b"")
-        _join([self._processes[rank] for rank in ranks], _RELEASE_S)
+        _join([self._processes[rank] for rank in ranks], _END_S)
 
     def _stacks(self) -> str:
         for process in self._processes:
