@@ -99,7 +99,10 @@ def test_sequence_parallel_ranks_share_it_between_the_regions_only(one_rank, dou
 
 def test_outputs_of_experts_are_added_before_their_norm(one_rank, doubled):
     (model,) = testing.contrasted_model(one_rank, SMALL.with_(num_moe_experts=3), "te")
+    outputs = []
+    model.register_forward_hook(lambda _module, _args, output: outputs.append(output))
     alone, shared = recorded(model), recorded(model, "expert_tensor_parallel")
+    assert torch.equal(*outputs), "what is summed is a copy"
     assert same(shared[1].experts, 2 * alone[1].experts)
     assert same(shared[1].expert_tokens, alone[1].expert_tokens)
     assert float(alone[1].expert_tokens.sum()) == 2 * 32, "each token is routed to two"

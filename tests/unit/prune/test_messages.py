@@ -255,8 +255,9 @@ def test_pruning(call, kind, message):
     model = MagicMock()
     model.config.virtual_pipeline_model_parallel_size = call.get("vp")
     model.config.tensor_model_parallel_size = model.config.expert_model_parallel_size = 1
+    work = dict.fromkeys(("measure_importance", "weights_digest", "keep_layers", "slice_model"), MagicMock(side_effect=AssertionError))
     with (
-        patch.multiple(pruner, unwrap=lambda _: model, model_config_of=lambda _: TINY, check_weights=lambda _: None),
+        patch.multiple(pruner, unwrap=lambda _: model, model_config_of=lambda _: TINY, check_weights=lambda _: None, **work),
         patch.object(pruner.mto.ModeloptStateManager, "is_converted", return_value=call.get("converted", False)),
     ):
         text = refusal(
