@@ -18,10 +18,11 @@ import yaml
 from nemo_opt.errors import ConfigError
 from nemo_opt.parallel import Topology
 
-__all__ = ["DistillationConfig", "Sizes", "load_distillation_config"]
+__all__ = ["LOGIT_LOSSES", "DistillationConfig", "Sizes", "load_distillation_config"]
 
 _LOSSES = ("cosine", "mse")
-_LOGIT_LOSSES = ("forward_kl", "reverse_kl", "jensen_shannon")
+LOGIT_LOSSES = ("forward_kl", "reverse_kl", "jensen_shannon")
+"""Defined in `nemo_opt.distill.divergence`."""
 _LAYER = re.compile(r"decoder\.layers\.(\d+)(?:\.(input_layernorm|pre_mlp_layernorm|self_attention|mlp))?")
 _FINAL_NORM = "decoder.final_layernorm"
 _EXAMPLES = (_FINAL_NORM, "decoder.layers.0", "decoder.layers.0.input_layernorm", "decoder.layers.0.pre_mlp_layernorm",
@@ -71,9 +72,9 @@ class DistillationConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise ConfigError(f"{name} must be a positive number, got {value!r}")
-        if self.logit_loss not in _LOGIT_LOSSES:
-            nearest = _nearest(str(self.logit_loss), _LOGIT_LOSSES)
-            raise ConfigError(f"unknown logit_loss {self.logit_loss!r}{nearest}; known are {list(_LOGIT_LOSSES)}")
+        if self.logit_loss not in LOGIT_LOSSES:
+            nearest = _nearest(str(self.logit_loss), LOGIT_LOSSES)
+            raise ConfigError(f"unknown logit_loss {self.logit_loss!r}{nearest}; known are {list(LOGIT_LOSSES)}")
         for name in ("skip_lm_loss", "logit_kl_scale_by_temperature_squared"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")

@@ -21,11 +21,10 @@ import nemo_opt._stack
 import torch
 import torch.distributed as dist
 
+from nemo_opt.distill.config import LOGIT_LOSSES
 from nemo_opt.errors import ConfigError
 
-__all__ = ["KINDS", "divergence"]
-
-KINDS = ("forward_kl", "reverse_kl", "jensen_shannon")
+__all__ = ["divergence"]
 
 _BLOCK = 1 << 18
 """Logits of a block, in three float32 buffers of 1 MB. 2^19 took as long, 2^17 and 2^20 10 % longer (2 cores, 2048 rows of 32000)."""
@@ -47,7 +46,7 @@ def divergence(
     Args:
         student: logits [..., V / ranks], float32, bfloat16 or float16.
         teacher: logits of the same shape.
-        kind: one of `KINDS`.
+        kind: one of `LOGIT_LOSSES`.
         temperature: T; both logits are divided by it. The result is not multiplied by its square.
         vocab_size: tokens that count; the others pad the vocabulary. None: all.
         group: the ranks that share the vocabulary; None for one.
@@ -60,8 +59,8 @@ def divergence(
         ConfigError: unknown kind, or shapes that differ.
 
     """
-    if kind not in KINDS:
-        raise ConfigError(f"unknown divergence {kind!r}; known are {list(KINDS)}")
+    if kind not in LOGIT_LOSSES:
+        raise ConfigError(f"unknown divergence {kind!r}; known are {list(LOGIT_LOSSES)}")
     if student.shape != teacher.shape:
         raise ConfigError(
             f"logits of the student are {list(student.shape)}, of the teacher {list(teacher.shape)}: one vocabulary is needed"

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_opt.distill import divergence as module
-from nemo_opt.distill.divergence import KINDS, divergence
+from nemo_opt.distill.config import LOGIT_LOSSES as KINDS
+from nemo_opt.distill.divergence import divergence
 from nemo_opt.distill.top_k import largest_logits
 from nemo_opt.errors import ConfigError
 

@@ -172,8 +172,10 @@ def test_damaged_weights_are_refused_and_the_model_is_untouched(damaged, change,
 
 def test_what_transformers_ignores_is_ignored(damaged):
     write, chunks = damaged
+    before = [shard.tensor.clone() for shard in parameter_shards(chunks)]
     extra = {"lm_head.weight": torch.zeros(300, 64), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
     import_hf(write(lambda weights: weights.update(extra)), chunks)
+    assert all(torch.equal(shard.tensor, tensor) for shard, tensor in zip(parameter_shards(chunks), before, strict=True))
 
 
 def test_rows_that_pad_the_vocabulary_become_zero(imported):
