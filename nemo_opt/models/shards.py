@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from nemo_opt.errors import ConfigError
 
-__all__ = ["GATE_SUFFIX", "UP_SUFFIX", "Shard", "full_tensors", "gather_full", "parameter_shards"]
+__all__ = ["GATE_SUFFIX", "UP_SUFFIX", "Shard", "full_tensors", "gather_full", "parameter_shards", "quantizer_shards"]
 
 GATE_SUFFIX, UP_SUFFIX = "_w", "_v"
 """What Megatron-Core appends to the key of a SwiGLU weight for its two halves, silu(x W) * (x V)."""
@@ -65,6 +65,21 @@ def parameter_shards(chunks: Sequence[torch.nn.Module], *, of: Literal["value", 
             source = None if parameter is None else parameter.detach() if of == "value" else _gradient(parameter)
             if source is not None:
                 shards += [_shard(part) for part in _parts(entry, source)]
+    return sorted(shards, key=lambda shard: (shard.key, shard.offset))
+
+
+def quantizer_shards(chunks: Sequence[torch.nn.Module]) -> list[Shard]:
+    """The pieces of what quantization adds that this rank holds (amax, pre_quant_scale), sorted by key and offset.
+
+    Keys are those of the checkpoint, for instance `decoder.layers.3.mlp.linear_fc1.weight_quantizer._amax_w` of a gate's rows. A
+    per-channel amax is [rows, 1], one of blocks [rows, blocks] (or [row blocks, blocks]), the others are [1]. Gate and up rows have keys
+    of their own once `repair_amax_sharding` was called, as whoever quantises or restores does.
+    """
+    shards = []
+    for chunk in chunks:
+        for entry in _unwrapped(chunk).sharded_state_dict(metadata=dict(_LAYOUT_INDEPENDENT)).values():
+            if isinstance(entry, ShardedTensor | ShardedTensorFactory) and "_quantizer." in entry.key:
+                shards += [_shard(part) for part in _parts(entry, entry.data.detach())]
     return sorted(shards, key=lambda shard: (shard.key, shard.offset))
 
 

@@ -22,7 +22,7 @@ from nemo_opt.models.build import build_model
 from nemo_opt.models.config import ModelConfig
 from nemo_opt.parallel import Topology, parallel
 from nemo_opt.prune.pruner import prune_language_model
-from nemo_opt.quantize.amax import amax_by_name
+from nemo_opt.quantize.tensors import amax_by_name
 from nemo_opt.training.config import TrainingConfig
 from nemo_opt.training.optimizer import build_optimizer, wrap
 

@@ -45,10 +45,10 @@ def _quantize(name, cases, folder=None):
     from nemo_opt.data.batches import cp_slice
     from nemo_opt.models.build import build_model
     from nemo_opt.parallel import initialize
-    from nemo_opt.quantize.amax import amax_by_name
     from nemo_opt.quantize.calibration import calibration_loop
     from nemo_opt.quantize.config import ExportConfig
     from nemo_opt.quantize.quantizer import Quantizer
+    from nemo_opt.quantize.tensors import amax_by_name
 
     topology = initialize(Topology.from_name(name))
     loop = calibration_loop([cp_slice(batch) for batch in _batches(parallel_state.get_data_parallel_rank(), topology.dp)])
@@ -162,7 +162,7 @@ def test_amax_of_every_layout_is_the_single_ranks(saved, single, layout, cases):
 def _restore(name, cases, folder):
     from nemo_opt.checkpoint.load import restore_model
     from nemo_opt.parallel import initialize
-    from nemo_opt.quantize.amax import amax_by_name
+    from nemo_opt.quantize.tensors import amax_by_name
 
     topology = initialize(Topology.from_name(name))
     results = {}
@@ -189,33 +189,3 @@ def test_every_amax_finds_its_place_at_another_layout(ranks, saved, layout, load
             for rows, amax in after["maxima"]:  # beside the weights: an amax in the wrong row hardly moves the loss
                 assert torch.equal(amax, rows) or amax.numel() == 1
             assert after["loss"] == pytest.approx(before[case]["loss"], rel=LOSS_TOLERANCE)
-
-
-def test_shards_of_a_gated_weight_are_put_together_gates_first():
-    from nemo_opt.quantize.amax import _join
-
-    shards = [(torch.tensor([0.0, 1.0, 10.0, 11.0]), True, True), (torch.tensor([2.0, 3.0, 12.0, 13.0]), True, True)]
-    assert _join(shards).tolist() == [0, 1, 2, 3, 10, 11, 12, 13]
-    assert _join([(amax, True, False) for amax, *_ in shards]).tolist() == [0, 1, 10, 11, 2, 3, 12, 13]
-
-
-def test_replicated_amax_is_the_largest_of_its_copies():
-    from nemo_opt.quantize.amax import _join
-
-    assert _join([(torch.tensor(1.0), False, False), (torch.tensor(2.0), False, False)]).item() == 2.0
-    assert _join([(torch.tensor([1.0, 4.0]), False, True), (torch.tensor([2.0, 3.0]), False, True)]).tolist() == [2.0, 4.0]
-
-
-def test_block_quantizers_are_refused_by_name():
-    from modelopt.torch.quantization.nn import TensorQuantizer
-
-    from nemo_opt.errors import ConfigError
-    from nemo_opt.quantize.amax import _flat
-
-    quantizer = TensorQuantizer()
-    assert _flat(quantizer) is None
-    quantizer.amax = torch.tensor([[1.0], [2.0]])
-    assert _flat(quantizer).tolist() == [1.0, 2.0]
-    quantizer._block_sizes = {-1: 16}
-    with pytest.raises(ConfigError, match="block quantizers"):
-        _flat(quantizer)
