@@ -173,6 +173,8 @@ def check_ptq(
     **_: Any,
 ) -> None:
     """Checks the settings of `nemo_opt.api.ptq`."""
+    from nemo_opt.quantize.blocks import check_blocks
+
     if export.export_format != "nemo":
         raise ConfigError(f"export format {export.export_format!r} is not supported yet: use nemo (--export_format nemo)")
     check_output(export.path, overwrite=overwrite)
@@ -182,6 +184,7 @@ def check_ptq(
     tokenizer_directory(info, tokenizer)
     _check_not_interleaved(topology, "quantisation")
     resolved = _check_layout(topology, world_size, info.model, data.seq_length)
+    check_blocks(quantization, info.model, tp=resolved.tp)
     if data.seq_length != quantization.calibration_seq_len:
         raise ConfigError(
             f"seq_length {data.seq_length} of the data != calibration_seq_len {quantization.calibration_seq_len}: use one value"

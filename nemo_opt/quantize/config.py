@@ -1,28 +1,31 @@
 """What to quantise, on which data, and where to put it: NeMo's two configuration classes, validated before torch is loaded.
 
 Both generations of NeMo are read: dataclasses of its `llm` collection, and the mappings (OmegaConf) of its first `Quantizer`, whose
-keys are translated by `_FIRST_GENERATION`. Values that NeMo accepts and nemo_opt does not implement yet are refused by name, so that
-no setting is silently ignored. `enable_kv_cache=True` beside int8 is accepted with a warning and has no effect: there is no int8 KV format,
-and NeMo's first generation, whose tests do this, leaves the cache alone too.
+keys are translated by `_FIRST_GENERATION`. No setting is silently ignored. `recipes` says which quantizers a configuration stands for.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from nemo_opt.errors import ConfigError
 
-__all__ = ["ALGORITHMS", "EXPORT_FORMATS", "ExportConfig", "QuantizationConfig"]
+__all__ = ["ALGORITHMS", "EXPORT_FORMATS", "ExportConfig", "QuantizationConfig", "is_recipe_file"]
 
-ALGORITHMS = ("fp8", "int8")
-"""Algorithms that are proven end to end: calibration on every layout, save, restore on another layout."""
+ALGORITHMS = ("block_fp8", "fp8", "int4", "int4_awq", "int8", "int8_sq", "mxfp8", "nvfp4", "w4a8_awq")
+"""Algorithms by NeMo's names, and mxfp8: proven from calibration on every layout to the export."""
 
-_LATER_ALGORITHMS = ("block_fp8", "int4", "int4_awq", "int8_sq", "mxfp8", "nvfp4", "w4a8_awq")
+_RECIPE_SUFFIXES = (".json", ".yaml", ".yml")
 _KV_FORMATS = ("fp8", "nvfp4")
 EXPORT_FORMATS = ("nemo", "hf", "trtllm")
-"""NeMo's export formats; `Quantizer.export` writes "nemo" for now."""
+"""NeMo's export formats: a sharded checkpoint, a Hugging Face directory, a TensorRT-LLM checkpoint."""
 _DTYPES = (16, "16", "bf16")
+
+
+def is_recipe_file(algorithm: str) -> bool:
+    """Whether an algorithm is given as a file rather than by name."""
+    return algorithm.endswith(_RECIPE_SUFFIXES)
 
 
 class _FromAny:
@@ -67,15 +70,19 @@ class QuantizationConfig(_FromAny):
     """How to quantise; fields and defaults of NeMo's class."""
 
     algorithm: str | None = "fp8"
-    """One of `ALGORITHMS`; None leaves the model untouched."""
+    """One of `ALGORITHMS`, ModelOpt's name of a configuration (`..._CFG`), a JSON or YAML file of one, or None: nothing is done."""
     awq_block_size: int = 128
-    """Weights that share a scale in AWQ algorithms."""
+    """Weights of a row that share a scale in int4, int4_awq and w4a8_awq."""
+    fp8_block_shape: tuple[int, int] = (128, 128)
+    """Rows and columns of the blocks that share a scale in block_fp8."""
+    weight_only: bool = False
+    """Leave activations as they are, whatever the algorithm says."""
     sq_alpha: float = 0.5
     """SmoothQuant's migration strength."""
     enable_kv_cache: bool | None = None
-    """Quantise the KV cache. None means no for now, where NeMo would do it for fp8; True is refused for fp8 and has no effect for int8."""
-    kv_cache_qformat: str = "fp8"
-    """Format of a quantised KV cache."""
+    """Quantise the KV cache. None means NeMo's rule: yes beside a named algorithm without int8, unless the decoder type is gpt."""
+    kv_cache_qformat: str | None = None
+    """fp8 (the default) or nvfp4. Beside int8 it must be spelled out: NeMo's first generation, whose tests enable the cache, leaves it."""
     calibration_dataset: str = "cnn_dailymail"
     """Name or path of the calibration text; the caller resolves it to batches."""
     calibration_dataset_size: int = 512
@@ -97,10 +104,10 @@ class QuantizationConfig(_FromAny):
             raise ConfigError(f"sq_alpha must lie in 0..1, got {self.sq_alpha!r}")
         if self.enable_kv_cache not in (None, True, False):
             raise ConfigError(f"enable_kv_cache must be True, False or None, got {self.enable_kv_cache!r}")
-        if self.enable_kv_cache and self.kv_cache_qformat not in _KV_FORMATS:
+        if self.kv_cache_qformat not in (None, *_KV_FORMATS):
             raise ConfigError(f"Unsupported kv cache quantization format {self.kv_cache_qformat!r}; known are {list(_KV_FORMATS)}")
-        if self.enable_kv_cache and self.algorithm == "fp8":
-            raise ConfigError("enable_kv_cache=True is not supported yet with algorithm 'fp8'; set it to False")
+        _check_bool("weight_only", self.weight_only)
+        object.__setattr__(self, "fp8_block_shape", _pair_of_sizes("fp8_block_shape", self.fp8_block_shape))
 
     def __eq__(self, other: object) -> bool:
         return self._equals(other)
@@ -149,12 +156,29 @@ class ExportConfig(_FromAny):
         return self._equals(other)
 
 
-def _check_algorithm(algorithm: str | None) -> None:
+def _check_algorithm(algorithm: Any) -> None:
     if algorithm is None or algorithm in ALGORITHMS:
         return
-    if algorithm in _LATER_ALGORITHMS:
-        raise ConfigError(f"algorithm {algorithm!r} is not supported yet; choose one of {list(ALGORITHMS)} or None")
-    raise ConfigError(f"Unsupported quantization algorithm {algorithm!r}; choose one of {list(ALGORITHMS)} or None")
+    if not isinstance(algorithm, str) or not (algorithm.endswith("_CFG") or is_recipe_file(algorithm)):
+        raise ConfigError(
+            f"Unsupported quantization algorithm {algorithm!r}; choose one of {list(ALGORITHMS)}, a configuration of ModelOpt (..._CFG), "
+            f"a file ({', '.join(_RECIPE_SUFFIXES)}) or None"
+        )
+    if is_recipe_file(algorithm) and not Path(algorithm).is_file():
+        raise ConfigError(f"the recipe {algorithm} does not exist")
+
+
+def _check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be True or False, got {value!r}")
+
+
+def _pair_of_sizes(name: str, value: Any) -> tuple[int, int]:
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
+        raise ConfigError(f"{name} must be two sizes, rows and columns, got {value!r}")
+    for size in value:
+        _check_positive_integer(name, size)
+    return value[0], value[1]
 
 
 def _check_positive_integer(name: str, value: Any) -> None:

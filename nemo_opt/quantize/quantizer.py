@@ -1,8 +1,8 @@
 """Quantizer: PTQ through ModelOpt with NeMo's interface, on any layout and with both layer specs.
 
-Decisions: ModelOpt does the quantizing; ours are the checks before it and the copies around it (ModelOpt's configurations are module-level
-dicts, which NeMo changes in place, so that one Quantizer alters the next). `mtq` and `dist` are module-level names because NeMo's tests
-patch them here.
+Decisions: ModelOpt inserts the quantizers and calibrates by maxima; the searches of SmoothQuant and AWQ are ours (`smooth`, `awq`), over
+ModelOpt's state. `mtq`, `dist`, `export_tensorrt_llm_checkpoint` and `save_artifacts` are module-level names because NeMo's tests patch
+them here.
 """
 
 import copy
@@ -15,6 +15,8 @@ import nemo_opt._stack
 import modelopt.torch.quantization as mtq
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
 from modelopt.torch.quantization.nn import TensorQuantizer
 from modelopt.torch.quantization.utils import is_quantized
 
@@ -22,9 +24,13 @@ from nemo_opt.checkpoint.amax_sharding import repair_amax_sharding
 from nemo_opt.checkpoint.save import save_checkpoint
 from nemo_opt.collective import on_each
 from nemo_opt.errors import ConfigError, DataError
-from nemo_opt.models.build import unwrap
+from nemo_opt.models.build import spec_of, unwrap
+from nemo_opt.models.sizes import model_config_of
 from nemo_opt.parallel import Topology, current_topology
-from nemo_opt.quantize.config import ALGORITHMS, ExportConfig, QuantizationConfig
+from nemo_opt.quantize.blocks import check_recipe_blocks
+from nemo_opt.quantize.config import ExportConfig, QuantizationConfig
+from nemo_opt.quantize.recipes import get_quant_cfg_choices, kv_format, needs_data, quant_cfg_of
+from nemo_opt.quantize.smooth import smoothquant
 from nemo_opt.training.forward import ForwardLoop
 
 __all__ = ["QUANT_CFG_CHOICES", "Quantizer", "get_quant_cfg_choices"]
@@ -32,15 +38,10 @@ __all__ = ["QUANT_CFG_CHOICES", "Quantizer", "get_quant_cfg_choices"]
 _log = logging.getLogger(__name__)
 
 
-def get_quant_cfg_choices() -> dict[str, dict[str, Any]]:
-    """ModelOpt's configuration of each supported algorithm, as fresh copies."""
-    return copy.deepcopy({"fp8": mtq.FP8_DEFAULT_CFG, "int8": mtq.INT8_DEFAULT_CFG})
-
-
 QUANT_CFG_CHOICES = get_quant_cfg_choices()
 """ModelOpt's configuration by algorithm name; read only, the Quantizer works on copies."""
 
-assert set(QUANT_CFG_CHOICES) == set(ALGORITHMS)
+_GPT_MIN_FRACTION, _GPT_MAX_BOUND = 0.01, {"fp8": 448, "int8_sq": 127}  # NeMo's least amax of inputs, for decoders of type gpt
 
 
 class Quantizer:
@@ -61,8 +62,7 @@ class Quantizer:
             quantization_config = QuantizationConfig(algorithm=None)
         self.quantization_config = QuantizationConfig.from_any(quantization_config)
         self.export_config = None if export_config is None else ExportConfig.from_any(export_config)
-        algorithm = self.quantization_config.algorithm
-        self.quant_cfg: dict[str, Any] | None = None if algorithm is None else copy.deepcopy(QUANT_CFG_CHOICES[algorithm])
+        self.quant_cfg: dict[str, Any] | None = quant_cfg_of(self.quantization_config)
 
     def quantize(self, model: Any, forward_loop: ForwardLoop | None = None) -> Any:
         """Quantize `model` in place and calibrate it; collective.
@@ -75,23 +75,54 @@ class Quantizer:
             the model that was passed.
 
         Raises:
-            ConfigError: if there is no forward loop, or the model is quantized already, cut into several chunks, or has experts.
+            ConfigError: if there is no forward loop where one is needed, blocks do not fit, or the model is quantized already or cut into
+                several chunks.
             DataError: if calibration left a quantizer without a finite amax.
 
         """
         if self.quant_cfg is None:
             return model
-        if forward_loop is None:
-            raise ConfigError(f"algorithm {self.quantization_config.algorithm!r} needs calibration data: pass a forward_loop")
         target = _target(model)
-        if self.quantization_config.enable_kv_cache and dist.get_rank() == 0:
-            _log.warning("enable_kv_cache=True has no effect beside %s: the KV cache stays unquantised", self.quantization_config.algorithm)
+        quant_cfg = copy.deepcopy(self.quant_cfg)
+        self._check_data(quant_cfg, forward_loop)
+        if isinstance(target, GPTModel):
+            check_recipe_blocks(quant_cfg, model_config_of([target]), tp=parallel_state.get_tensor_model_parallel_world_size())
+            self._check_kv_cache(target, quant_cfg)
         repair_amax_sharding()
-        mtq.quantize(target, copy.deepcopy(self.quant_cfg), forward_loop)
+        self._calibrate(target, quant_cfg, forward_loop)
         on_each(lambda: _check_calibrated(target))
         if dist.get_rank() == 0:
             mtq.print_quant_summary(target)
         return model
+
+    def _check_data(self, quant_cfg: dict[str, Any], forward_loop: ForwardLoop | None) -> None:
+        if forward_loop is None and needs_data(quant_cfg):
+            raise ConfigError(f"algorithm {self.quantization_config.algorithm!r} needs calibration data: pass a forward_loop")
+
+    def _check_kv_cache(self, target: torch.nn.Module, quant_cfg: dict[str, Any]) -> None:
+        """Attention that ModelOpt cannot quantise: refused if the cache was asked for, told if it was only NeMo's rule."""
+        config = self.quantization_config
+        if config.enable_kv_cache and kv_format(config) is None and dist.get_rank() == 0:
+            _log.warning("the KV cache stays unquantised beside %s: set kv_cache_qformat to have it quantised", config.algorithm)
+        if kv_format(config) is None or spec_of(target) == "te":
+            return
+        if config.enable_kv_cache:
+            raise ConfigError("enable_kv_cache=True needs the layer spec te: ModelOpt does not quantise the attention of the local one")
+        quant_cfg["quant_cfg"] = [entry for entry in quant_cfg["quant_cfg"] if "bmm_quantizer" not in entry["quantizer_name"]]
+        if dist.get_rank() == 0:
+            _log.warning("the KV cache stays unquantised: ModelOpt does not quantise the attention of the layer spec local, use te")
+
+    def _calibrate(self, target: Any, quant_cfg: dict[str, Any], forward_loop: ForwardLoop | None) -> None:
+        config, method = self.quantization_config, _method(quant_cfg)
+        if method == "smoothquant" and isinstance(target, GPTModel):
+            assert forward_loop is not None
+            mtq.quantize(target, quant_cfg | {"algorithm": None})
+            smoothquant(target, forward_loop, alpha=_option(quant_cfg, "alpha", 1.0))
+        else:
+            mtq.quantize(target, quant_cfg, forward_loop)
+        if config.decoder_type == "gpt" and config.algorithm in _GPT_MAX_BOUND:
+            bound = _GPT_MIN_FRACTION * _GPT_MAX_BOUND[config.algorithm]
+            mtq.postprocess_amax(target, "*input_quantizer", lambda amax: torch.clamp(amax, min=bound))
 
     def export(
         self,
@@ -155,11 +186,19 @@ def _target(model: Any) -> Any:
     if not isinstance(model, torch.nn.Module | list):
         return model
     gpt_model = unwrap(model)
-    if gpt_model.config.num_moe_experts is not None:
-        raise ConfigError(f"quantizing mixture-of-experts models ({gpt_model.config.num_moe_experts} experts) is not supported yet")
     if is_quantized(gpt_model):
         raise ConfigError("the model is already quantized: start from an unquantized checkpoint")
     return gpt_model
+
+
+def _method(quant_cfg: dict[str, Any]) -> str | None:
+    algorithm = quant_cfg["algorithm"]
+    return algorithm["method"] if isinstance(algorithm, dict) else algorithm
+
+
+def _option(quant_cfg: dict[str, Any], name: str, default: float) -> float:
+    algorithm = quant_cfg["algorithm"]
+    return float(algorithm.get(name, default)) if isinstance(algorithm, dict) else default
 
 
 def _check_calibrated(model: Any) -> None:
@@ -172,7 +211,13 @@ def _check_calibrated(model: Any) -> None:
 
 
 def _is_calibrated(quantizer: TensorQuantizer) -> bool:
-    if not quantizer.is_enabled:
+    if not quantizer.is_enabled or _needs_no_amax(quantizer):
         return True
     amax = getattr(quantizer, "_amax", None)
     return amax is not None and bool(amax.isfinite().all())
+
+
+def _needs_no_amax(quantizer: TensorQuantizer) -> bool:
+    """Formats whose block scales come from the data alone (MX): no amax of the tensor enters them."""
+    sizes = quantizer.block_sizes
+    return sizes is not None and sizes.get("type") == "dynamic" and sizes.get("scale_bits") == (8, 0)

@@ -71,7 +71,8 @@ def amax_by_name(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.Tensor]:
     parts: dict[str, list[torch.Tensor]] = {}
     for key, tensor in quantizer_tensors(chunks):
         if tensor is not None and _AMAX in key:
-            parts.setdefault(_HALVES.sub("", key).removesuffix(_AMAX), []).append(tensor.float())  # sorted: _v (up) before _w (gate)
+            parts.setdefault(_HALVES.sub("", key).removesuffix(_AMAX), []).append(torch.atleast_1d(tensor.float()))
+    # keys are sorted, up rows (_v) before gate rows (_w)
     message = [{name: _shaped(torch.cat(halves[::-1])) for name, halves in parts.items()}]
     dist.broadcast_object_list(message, src=0)
     return dict(sorted(message[0].items()))

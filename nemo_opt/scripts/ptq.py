@@ -18,7 +18,7 @@ from nemo_opt.scripts import _common
 
 __all__ = ["main", "parser"]
 
-_ALGORITHMS = ["no_quant", "int8", "int8_sq", "fp8", "block_fp8", "int4_awq", "w4a8_awq", "int4", "nvfp4"]
+_ALGORITHMS = ["no_quant", "int8", "int8_sq", "fp8", "block_fp8", "int4_awq", "w4a8_awq", "int4", "nvfp4", "mxfp8"]
 _EVAL_BATCH_SIZE = 8  # of the losses before and after: NeMo's 64 is for calibration, where no logits are kept
 _DEFAULT_DATASET = "cnn_dailymail"
 _DOWNLOADS = ("cnn_dailymail", "wikitext")
@@ -44,8 +44,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--export_format", default="trtllm", choices=["trtllm", "nemo", "hf"], help="Form of the result; only nemo is supported yet"
     )
-    p.add_argument("-algo", "--algorithm", default="fp8", help=f"One of {', '.join(_ALGORITHMS)}, or a JSON file")
-    p.add_argument("-awq_bs", "--awq_block_size", type=int, default=128, help="Block size of AWQ algorithms")
+    p.add_argument(
+        "-algo", "--algorithm", default="fp8", help=f"One of {', '.join(_ALGORITHMS)}, ModelOpt's ..._CFG, or a JSON or YAML file"
+    )
+    p.add_argument("-awq_bs", "--awq_block_size", type=int, default=128, help="Block size of int4 and AWQ algorithms")
+    p.add_argument("--fp8_block_shape", type=int, nargs=2, default=(128, 128), help="Rows and columns of block_fp8's blocks")
+    p.add_argument("--weight_only", action="store_true", help="Leave activations as they are")
     p.add_argument("--sq_alpha", type=float, default=0.5, help="SmoothQuant's alpha")
     p.add_argument("--enable_kv_cache", action="store_true", help="Quantise the KV cache")
     p.add_argument("--disable_kv_cache", dest="enable_kv_cache", action="store_false")
@@ -122,6 +126,8 @@ def _quantization(options: argparse.Namespace) -> QuantizationConfig:
     return QuantizationConfig(
         algorithm=None if options.algorithm == "no_quant" else options.algorithm,
         awq_block_size=options.awq_block_size,
+        fp8_block_shape=options.fp8_block_shape,
+        weight_only=options.weight_only,
         sq_alpha=options.sq_alpha,
         enable_kv_cache=options.enable_kv_cache,
         kv_cache_qformat=options.kv_cache_qformat,

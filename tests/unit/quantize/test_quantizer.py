@@ -7,10 +7,12 @@ from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
+from megatron.core.models.gpt import GPTModel
 from modelopt.torch.quantization.nn import TensorQuantizer
 from omegaconf import DictConfig
 
 from nemo_opt.errors import ConfigError, DataError
+from nemo_opt.models.config import preset
 from nemo_opt.parallel import Topology
 from nemo_opt.quantize.config import ExportConfig, QuantizationConfig
 from nemo_opt.quantize.quantizer import QUANT_CFG_CHOICES, Quantizer, get_quant_cfg_choices
@@ -124,10 +126,79 @@ def test_upstream_may_change_what_it_is_given_without_changing_ours(patched):
     assert before == QUANT_CFG_CHOICES == get_quant_cfg_choices()
 
 
-def test_int8_says_that_the_kv_cache_stays_as_it_is(patched, caplog):
+@pytest.fixture
+def te_model(patched):
+    """A GPTModel as far as the Quantizer looks, of layer spec te."""
+    model = MagicMock(spec=GPTModel)
+    model.named_modules.return_value = []
+    with (
+        patch(f"{HERE}._target", return_value=model),
+        patch(f"{HERE}.spec_of", return_value="te") as spec,
+        patch(f"{HERE}.model_config_of", return_value=preset("llama3.1-8b")),
+        patch(f"{HERE}.parallel_state.get_tensor_model_parallel_world_size", return_value=1),
+    ):
+        yield MagicMock(model=model, spec_of=spec)
+
+
+def _kv_entries(patched):
+    return [entry for entry in patched.quantize.call_args.args[1]["quant_cfg"] if "bmm_quantizer" in entry["quantizer_name"]]
+
+
+def test_int8_says_that_the_kv_cache_stays_as_it_is(patched, te_model, caplog):
     with caplog.at_level(logging.WARNING):
-        Quantizer(QuantizationConfig(algorithm="int8", enable_kv_cache=True)).quantize(MagicMock(), MagicMock())
-    assert "enable_kv_cache=True has no effect beside int8" in caplog.text
+        Quantizer(QuantizationConfig(algorithm="int8", enable_kv_cache=True)).quantize(te_model.model, MagicMock())
+    assert "KV cache stays unquantised beside int8: set kv_cache_qformat" in caplog.text
+    assert not _kv_entries(patched)
+
+
+def test_kv_cache_needs_attention_that_modelopt_knows(patched, te_model, caplog):
+    Quantizer(QuantizationConfig()).quantize(te_model.model, MagicMock())
+    assert len(_kv_entries(patched)) == 1
+    te_model.spec_of.return_value = "local"
+    with caplog.at_level(logging.WARNING):
+        Quantizer(QuantizationConfig()).quantize(te_model.model, MagicMock())
+    assert "does not quantise the attention of the layer spec local" in caplog.text
+    assert not _kv_entries(patched)
+    with pytest.raises(ConfigError, match="enable_kv_cache=True needs the layer spec te"):
+        Quantizer(QuantizationConfig(enable_kv_cache=True)).quantize(te_model.model, MagicMock())
+
+
+def test_blocks_that_do_not_fit_are_refused_before_the_model_is_touched(patched, te_model):
+    with pytest.raises(ConfigError, match="blocks of 96 do not divide the 4096 inputs of linear_qkv"):
+        Quantizer(QuantizationConfig(algorithm="int4", awq_block_size=96)).quantize(te_model.model, MagicMock())
+    patched.quantize.assert_not_called()
+
+
+def test_smoothquant_is_ours_with_nemos_alpha(patched, te_model):
+    loop = MagicMock()
+    with patch(f"{HERE}.smoothquant") as smoothquant:
+        Quantizer(QuantizationConfig(algorithm="int8_sq", sq_alpha=0.25)).quantize(te_model.model, loop)
+        Quantizer(QuantizationConfig(algorithm="INT8_SMOOTHQUANT_CFG")).quantize(te_model.model, loop)
+    assert [call.kwargs["alpha"] for call in smoothquant.call_args_list] == [0.25, 1.0]
+    assert smoothquant.call_args.args == (te_model.model, loop)
+    assert patched.quantize.call_args.args[1]["algorithm"] is None
+
+
+@pytest.mark.parametrize(("decoder_type", "algorithm", "least"), [("gpt", "fp8", 4.48), ("gpt", "int8_sq", 1.27)])
+def test_inputs_of_gpt_decoders_have_nemos_least_amax(patched, decoder_type, algorithm, least):
+    with patch(f"{HERE}.mtq.postprocess_amax") as postprocess:
+        Quantizer(QuantizationConfig(algorithm=algorithm, decoder_type=decoder_type)).quantize(MagicMock(), MagicMock())
+    pattern, clamp = postprocess.call_args.args[1:]
+    assert pattern == "*input_quantizer"
+    torch.testing.assert_close(clamp(torch.tensor([0.0, 9.0])), torch.tensor([least, 9.0]))
+
+
+@pytest.mark.parametrize(("decoder_type", "algorithm"), [("llama", "fp8"), (None, "fp8"), ("gpt", "int8"), ("gpt", "mxfp8")])
+def test_other_amax_stays(patched, decoder_type, algorithm):
+    with patch(f"{HERE}.mtq.postprocess_amax") as postprocess:
+        Quantizer(QuantizationConfig(algorithm=algorithm, decoder_type=decoder_type)).quantize(MagicMock(), MagicMock())
+    postprocess.assert_not_called()
+
+
+def test_weight_only_needs_no_data(patched):
+    config = QuantizationConfig(algorithm="fp8", weight_only=True, enable_kv_cache=False)
+    Quantizer(config).quantize(MagicMock())
+    assert patched.quantize.call_args.args[2] is None
 
 
 def test_interleaved_chunks_are_refused(patched):
@@ -148,14 +219,6 @@ def test_quantized_model_is_refused(patched):
         patch(f"{HERE}.is_quantized", return_value=True),
         pytest.raises(ConfigError, match="already quantized"),
     ):
-        Quantizer(QuantizationConfig()).quantize([gpt_model], MagicMock())
-    patched.quantize.assert_not_called()
-
-
-def test_experts_are_refused(patched):
-    gpt_model = MagicMock()
-    gpt_model.config.num_moe_experts = 4
-    with patch(f"{HERE}.unwrap", return_value=gpt_model), pytest.raises(ConfigError, match=r"mixture-of-experts models \(4 experts\)"):
         Quantizer(QuantizationConfig()).quantize([gpt_model], MagicMock())
     patched.quantize.assert_not_called()
 

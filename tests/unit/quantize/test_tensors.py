@@ -135,7 +135,8 @@ def saved(ranks, tmp_path_factory):
 @pytest.mark.parametrize("case", CASES)
 def test_weight_amax_is_the_largest_weight(single, case):
     result = single[case]
-    assert len(result["amax"]) == SMALL.num_layers * 4 * 2  # qkv, proj, fc1, fc2: weight and input
+    kv_cache = SMALL.num_layers * 2 if case == ("te", "fp8") else 0  # NeMo's rule; ModelOpt knows the attention of one spec only
+    assert len(result["amax"]) == SMALL.num_layers * 4 * 2 + kv_cache  # qkv, proj, fc1, fc2: weight and input
     assert len(result["maxima"]) == SMALL.num_layers * 4
     for rows, amax in result["maxima"]:
         assert torch.equal(amax, rows if case[1] == "int8" else rows.max().reshape(1))
@@ -153,7 +154,7 @@ def test_amax_of_every_layout_is_the_single_ranks(saved, single, layout, cases):
             expected = single[case]["amax"]
             assert result["amax"].keys() == expected.keys()
             for name, amax in result["amax"].items():
-                rtol = TP_TOLERANCE if "TP2" in layout and "input_quantizer" in name else 0
+                rtol = 0 if "weight_quantizer" in name or "TP2" not in layout else TP_TOLERANCE
                 torch.testing.assert_close(
                     amax, expected[name], rtol=rtol, atol=0, msg=lambda text, name=name, case=case: f"{case} {name}: {text}"
                 )

@@ -62,6 +62,7 @@ class TestPtq:
             calibration_seq_len=128,
             sq_alpha=0.5,
             awq_block_size=128,
+            kv_cache_qformat="fp8",
         )
         assert settings["export"] == ExportConfig(path="OUT", export_format="nemo", dtype="bf16")
         assert (settings["topology"], settings["devices"]) == (Topology(), 1)
@@ -91,9 +92,7 @@ class TestPtq:
             (["--trust_remote_code"], "--trust_remote_code is not supported"),
             (["-calib_ds", "cnn_dailymail"], "cnn_dailymail would have to be downloaded"),
             (["-algo", "fp9"], "fp9"),
-            (["-algo", "nvfp4"], "nvfp4"),
             (["--generate_sample"], "generate_sample"),
-            (["--enable_kv_cache"], "enable_kv_cache"),
             (["-ctp", "2", "--devices", "3", "--num_nodes", "1"], "world_size 3"),
             (["-nodes", "2", "-cpp", "2"], "start the script with torchrun on each node"),
             (["--devices", "0"], "devices 0"),
