@@ -6,7 +6,7 @@ all gate rows before all up rows.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from nemo_opt.models.build import unwrap
 from nemo_opt.models.shards import GATE_SUFFIX, UP_SUFFIX, full_tensors, quantizer_shards
 
-__all__ = ["QuantizerSettings", "amax_by_name", "quantizer_settings", "quantizer_tensors"]
+__all__ = ["QuantizerSettings", "amax_by_name", "global_names", "quantizer_settings", "quantizer_tensors"]
 
 _LOCAL_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _LOCAL_EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
@@ -83,7 +83,7 @@ def quantizer_settings(chunks: Sequence[torch.nn.Module]) -> dict[str, Quantizer
     own: dict[str, QuantizerSettings] = {}
     for chunk in chunks:
         model = unwrap(chunk)
-        names = _global_names(model)
+        names = global_names(model)
         for name, module in model.named_modules():
             if isinstance(module, TensorQuantizer) and module.is_enabled:
                 own[names(name)] = QuantizerSettings(num_bits=module.num_bits, axis=module.axis, block_sizes=module.block_sizes)
@@ -98,8 +98,8 @@ def _shaped(amax: torch.Tensor) -> torch.Tensor:
     return amax.squeeze(1) if amax.dim() == 2 and amax.shape[1] == 1 else amax
 
 
-def _global_names(model: Any) -> Any:
-    """Local module name -> name in a checkpoint: global layer numbers and expert numbers."""
+def global_names(model: Any) -> Callable[[str], str]:
+    """What turns the name of a module of `model`, an unwrapped GPTModel, into one with global layer and expert numbers."""
     first_expert: dict[str, int] = {
         name: module.local_expert_indices[0] for name, module in model.named_modules() if getattr(module, "local_expert_indices", None)
     }
