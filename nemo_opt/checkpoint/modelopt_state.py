@@ -22,7 +22,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from modelopt.torch.opt.plugins.mcore_dist_checkpointing import remove_per_module_state
-from modelopt.torch.quantization.nn import TensorQuantizer
+from modelopt.torch.quantization.model_calib import max_calibrate
+from modelopt.torch.quantization.nn import GroupedQuantizer, TensorQuantizer
 from torch.distributed.checkpoint.metadata import Metadata
 
 from nemo_opt.checkpoint.amax_sharding import repair_amax_sharding
@@ -102,8 +103,18 @@ def _set_extra_states(model: Any, wanted: dict[str, Any], loaded: dict[str, Any]
         if key in loaded:
             # load_state_dict would not call it: ModelOpt overrides the method of the instance, torch looks at the class
             module.set_extra_state(loaded[key])
+            _make_room_for_experts(module)
         elif _is_quantized(module):
             raise CheckpointError(f"the checkpoint lacks ModelOpt's state of {name}: it was saved from a model of other modules")
+
+
+def _make_room_for_experts(module: Any) -> None:
+    """Gives every expert of a grouped linear its amax buffer; upstream measures the first expert's weight and forgets the others'."""
+    quantizers = getattr(module, "weight_quantizer", None)
+    for index, quantizer in enumerate(quantizers if isinstance(quantizers, GroupedQuantizer) else ()):
+        if quantizer.is_enabled and quantizer.amax is None:
+            weight = getattr(module, f"weight{index}")
+            max_calibrate(quantizer, lambda own, weight=weight: own(weight), distributed_sync=False)
 
 
 def _is_quantized(module: torch.nn.Module) -> bool:

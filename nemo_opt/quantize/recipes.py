@@ -92,6 +92,7 @@ def quant_cfg_of(config: QuantizationConfig) -> dict[str, Any] | None:
         quant_cfg["quant_cfg"].append({"quantizer_name": "*input_quantizer", "enable": False})
     if (kv := kv_format(config)) is not None:
         quant_cfg["quant_cfg"] += copy.deepcopy(getattr(mtq, _KV_NAMES[kv])["quant_cfg"])
+        quant_cfg["algorithm"] = quant_cfg["algorithm"] or "max"  # MX formats need no calibration, the cache does
     return quant_cfg
 
 

@@ -1,12 +1,15 @@
-"""Upstream's fault, so that its repair there turns this red, and ours. The way through files is in tests/unit/quantize/test_amax.py."""
+"""Upstream's fault, so that its repair there turns this red, and ours. The way through files is in tests/unit/quantize."""
 
+import ast
 import re
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from modelopt.torch.quantization.nn import TensorQuantizer
 from modelopt.torch.quantization.plugins import megatron as plugin
 
 from nemo_opt.checkpoint import amax_sharding
@@ -69,3 +72,73 @@ def test_changed_upstream_is_refused_by_name(mlp):
     mlp._modelopt_state_keys = [r".*weight_quantizer\..*_amax$"]
     with pytest.raises(UpstreamMovedError, match="_modelopt_state_keys"):
         repair_amax_sharding()
+
+
+class TestGroupedExperts:
+    """Upstream's classes as they were before any repair of this process: what they do, and what the repaired ones do."""
+
+    KEYS = tuple(f"weight_quantizer.{expert}._amax" for expert in range(4))
+
+    @pytest.fixture(scope="class")
+    def upstream(self):
+        """The plugin, loaded anew beside the one that may be repaired already."""
+        source = Path(plugin.__file__).read_text()
+        names = ("_get_shard_axis_dict", "_process_quantizer_amax")
+        tree = ast.parse(source)
+        found = {
+            (owner.name, node.name): ast.unparse(node)
+            for owner in ast.walk(tree)
+            if isinstance(owner, ast.ClassDef)
+            for node in owner.body
+            if isinstance(node, ast.FunctionDef) and node.name in names
+        }
+        spaces = {}
+        for key, text in found.items():
+            space = {"TensorQuantizer": TensorQuantizer, "re": re}
+            exec(text, space)
+            spaces[key] = space[key[1]]
+        return spaces
+
+    @pytest.fixture
+    def rows(self):
+        """A row-parallel linear of four experts as far as those methods look: two rows of two blocks each."""
+        quantizers = [SimpleNamespace(axis=(0,)) for _ in self.KEYS]
+        return SimpleNamespace(
+            weight_quantizer=quantizers,
+            weight0=torch.zeros(2, 8),
+            get_submodule=lambda name: quantizers[int(name.rsplit(".", 1)[1])],
+        )
+
+    def test_upstream_forgets_the_third_expert(self, upstream, rows):
+        axes = upstream["_MegatronRowParallelLinear", "_get_shard_axis_dict"](rows, dict.fromkeys(self.KEYS))
+        assert list(axes) == list(self.KEYS[:2]), "if all four are here, ModelOpt has mended it: remove the repair"
+
+    def test_ours_cuts_the_blocks_of_every_expert(self, upstream, rows):
+        linear = type("Linear", (), {"_get_shard_axis_dict": upstream["_MegatronRowParallelLinear", "_get_shard_axis_dict"]})
+        amax_sharding._repair_grouped_rows(linear)
+        assert linear._get_shard_axis_dict(rows, dict.fromkeys(self.KEYS)) == dict.fromkeys(self.KEYS, 1)
+
+    def test_upstream_flattens_blocks_and_ours_does_not(self, upstream, rows):
+        flat, state = torch.arange(4.0).view(4, 1), {}
+        upstream["_QuantMegatronTEGroupedLinear", "_process_quantizer_amax"](rows, self.KEYS[0], flat, state)
+        assert state[self.KEYS[0]].shape == (4, 1), "if it is (2, 2), ModelOpt has mended it: remove the repair"
+
+        class Linear:
+            _process_quantizer_amax = upstream["_QuantMegatronTEGroupedLinear", "_process_quantizer_amax"]
+
+            def _load_from_state_dict(self, state_dict, prefix):
+                self.loaded = state_dict
+
+            def state_dict(self):
+                return {"weight_quantizer.0._amax": flat}
+
+        amax_sharding._repair_grouped_linear(Linear)
+        ours = Linear()
+        ours.weight0 = rows.weight0
+        ours._process_quantizer_amax(self.KEYS[0], flat, state)
+        assert state[self.KEYS[0]].tolist() == [[0, 1], [2, 3]]
+        ours._process_quantizer_amax(self.KEYS[1], torch.ones(3, 1, 2, 1), state)
+        ours._process_quantizer_amax(self.KEYS[2], torch.ones(1), state)
+        assert [state[key].shape for key in self.KEYS[1:3]] == [(3, 2), (1,)]
+        ours._load_from_state_dict({"fc2.weight_quantizer.0._amax": state[self.KEYS[0]], "other": 1}, "fc2.")
+        assert torch.equal(ours.loaded["fc2.weight_quantizer.0._amax"], flat)
