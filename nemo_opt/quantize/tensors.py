@@ -23,6 +23,8 @@ __all__ = ["QuantizerSettings", "amax_by_name", "global_names", "quantizer_setti
 
 _LOCAL_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _LOCAL_EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
+_GROUPED = re.compile(r"(?<!\.experts)\.experts\.linear_")  # Transformer Engine's: one module for all experts of a rank
+_GROUPED_WEIGHT = re.compile(r"\.experts\.(linear_\w+)\.weight_quantizer\.(\d+)")
 _HALVES = re.compile(f"({GATE_SUFFIX}|{UP_SUFFIX})$")
 _AMAX = "._amax"
 
@@ -99,7 +101,10 @@ def _shaped(amax: torch.Tensor) -> torch.Tensor:
 
 
 def global_names(model: Any) -> Callable[[str], str]:
-    """What turns the name of a module of `model`, an unwrapped GPTModel, into one with global layer and expert numbers."""
+    """What turns the name of a module of `model`, an unwrapped GPTModel, into a checkpoint's: global numbers of layers and of experts.
+
+    An expert is `mlp.experts.experts.5.linear_fc1` in both layer specs; quantizers that all experts of a rank share leave the number out.
+    """
     first_expert: dict[str, int] = {
         name: module.local_expert_indices[0] for name, module in model.named_modules() if getattr(module, "local_expert_indices", None)
     }
@@ -107,7 +112,10 @@ def global_names(model: Any) -> Callable[[str], str]:
     def rename(name: str) -> str:
         moe = next((prefix for prefix in first_expert if name.startswith(f"{prefix}.")), None)
         if moe is not None:
-            name = _LOCAL_EXPERT.sub(lambda match: f".{first_expert[moe] + int(match[1])}.", name)
+            first = first_expert[moe]
+            name = _LOCAL_EXPERT.sub(lambda match: f".experts.{first + int(match[1])}.", name)
+            name = _GROUPED_WEIGHT.sub(lambda match: f".experts.experts.{first + int(match[2])}.{match[1]}.weight_quantizer", name)
+            name = _GROUPED.sub(".experts.experts.linear_", name)
         return _LOCAL_LAYER.sub(lambda match: f"decoder.layers.{model.decoder.layers[int(match[1])].layer_number - 1}.", name)
 
     return rename
