@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
-    from nemo_opt.data.batches import calibration_batches, cp_slice
+    from nemo_opt.data.batches import cp_slice
+    from nemo_opt.data.calibration import calibration_batches
     from nemo_opt.data.config import DataConfig
     from nemo_opt.data.corpus import builtin_documents, corpus_fingerprint, read_documents
     from nemo_opt.data.datasets import build_datasets
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from nemo_opt.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 _EXPORTS = {
-    "batches": ["calibration_batches", "cp_slice"],
+    "batches": ["cp_slice"],
+    "calibration": ["calibration_batches"],
     "config": ["DataConfig"],
     "corpus": ["builtin_documents", "corpus_fingerprint", "read_documents"],
     "datasets": ["build_datasets"],

@@ -1,9 +1,7 @@
-import logging
-
 import pytest
 import torch
 
-from nemo_opt.data.batches import batches, calibration_batches, cp_slice
+from nemo_opt.data.batches import batches, cp_slice
 from nemo_opt.errors import ConfigError, DataError
 
 SEQ = 6
@@ -73,46 +71,6 @@ def test_resumed_is_uninterrupted():
 def test_what_does_not_fit_is_refused_at_once(arguments, error):
     with pytest.raises(error):
         batches(Counting(8), **arguments)
-
-
-def test_calibration_rows_are_the_packed_documents(documents, tokenizer):
-    made = calibration_batches(documents, tokenizer, seq_length=32, num_samples=6, micro_batch_size=2)
-    packed = [token for document in documents[:5] for token in [*tokenizer.encode(document), tokenizer.eod]]
-    assert [batch["tokens"].shape for batch in made] == [(2, 32)] * 3
-    assert torch.cat([batch["tokens"].flatten() for batch in made]).tolist() == packed[: 6 * 32]
-    assert made[0]["position_ids"].tolist() == [list(range(32))] * 2
-    assert set(made[0]) == {"tokens", "position_ids", "attention_mask"}
-
-
-def test_calibration_is_shared_between_ranks(documents, tokenizer):
-    sizes = {"seq_length": 16, "num_samples": 8, "micro_batch_size": 2}
-    whole = torch.cat([batch["tokens"] for batch in calibration_batches(documents, tokenizer, **sizes)])
-    ranks = [calibration_batches(documents, tokenizer, **sizes, dp_rank=rank, dp_size=2) for rank in range(2)]
-    assert torch.equal(torch.cat([batch["tokens"] for pair in zip(*ranks, strict=True) for batch in pair]), whole)
-
-
-def test_fewer_rows_than_asked_are_reported(tokenizer, caplog):
-    with caplog.at_level(logging.WARNING):
-        made = calibration_batches(["a b c d e f g h"] * 3, tokenizer, seq_length=8, num_samples=100)
-    assert 0 < len(made) < 100
-    assert f"{len(made)} samples of 8 tokens, 100 were asked for" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("texts", "sizes", "error"),
-    [
-        ([], {}, DataError),
-        (["", " "], {}, DataError),
-        (["short"], {"seq_length": 1000}, DataError),
-        (["some words here"], {"micro_batch_size": 50}, DataError),
-        (["text"], {"num_samples": 0}, ConfigError),
-        (["text"], {"seq_length": 0}, ConfigError),
-        (["text"], {"dp_rank": 1}, ConfigError),
-    ],
-)
-def test_no_calibration_row_is_an_error(tokenizer, texts, sizes, error):
-    with pytest.raises(error):
-        calibration_batches(texts, tokenizer, **({"seq_length": 4, "num_samples": 2} | sizes))
 
 
 def test_without_context_parallelism_the_batch_is_left_alone():
