@@ -51,7 +51,7 @@ Warmup = Annotated[int | None, typer.Option("--warmup-steps", help="A tenth of -
 LogDir = Annotated[Path | None, typer.Option("--log-dir", help="Directory of metrics.jsonl.", rich_help_panel="Training")]
 
 
-def _check_spec(spec: str | None) -> str | None:
+def check_spec(spec: str | None) -> str | None:
     if spec not in (None, "te", "local"):
         raise ConfigError(f"layer spec {spec!r} is unknown: give te or local")
     return spec
@@ -130,7 +130,7 @@ def train(
         tokenizer=tokenizer,
         data=settings,
         training=training,
-        spec=_check_spec(spec),
+        spec=check_spec(spec),
         log_dir=str(log_dir) if log_dir else None,
         overwrite=overwrite,
     )
@@ -142,7 +142,7 @@ def import_hf(hf_dir: Path, out_dir: Path, spec: Spec = None, overwrite: Overwri
 
     Example: `nemo-opt import ./Llama-3.2-1B ./llama-1b --tp 2`
     """
-    _run("import_ckpt", layout, json, source=str(hf_dir), output=str(out_dir), spec=_check_spec(spec), overwrite=overwrite)
+    _run("import_ckpt", layout, json, source=str(hf_dir), output=str(out_dir), spec=check_spec(spec), overwrite=overwrite)
 
 
 @with_layout
@@ -199,7 +199,7 @@ def ptq(
         data=settings,
         tokenizer=tokenizer,
         eval_batches=eval_batches,
-        spec=_check_spec(spec),
+        spec=check_spec(spec),
         overwrite=overwrite,
     )
 
@@ -289,7 +289,7 @@ def prune(
         save_scores=_text(save_scores),
         report=_text(report),
         eval_batches=eval_batches,
-        spec=_check_spec(spec),
+        spec=check_spec(spec),
         overwrite=overwrite,
     )
 
@@ -335,7 +335,7 @@ def distill(
         data=settings,
         training=_training(steps, gbs, mbs, seq_length, lr, min_lr, warmup_steps, eval_batches),
         tokenizer=tokenizer,
-        spec=_check_spec(spec),
+        spec=check_spec(spec),
         log_dir=str(log_dir) if log_dir else None,
         overwrite=overwrite,
     )
@@ -361,7 +361,7 @@ def evaluate(
     Example: `nemo-opt eval ./teacher-fp8 --pp 2`
     """
     settings = data_config(data, mock=mock, split=split, seq_length=seq_length, micro_batch_size=mbs, global_batch_size=mbs)
-    _run("evaluate", layout, json, path=str(path), data=settings, tokenizer=tokenizer, eval_batches=eval_batches, spec=_check_spec(spec))
+    _run("evaluate", layout, json, path=str(path), data=settings, tokenizer=tokenizer, eval_batches=eval_batches, spec=check_spec(spec))
 
 
 def register(app: typer.Typer) -> None:
