@@ -1,14 +1,14 @@
-"""ModelOpt 0.47: the places that take an announced GPU for one that can run CUDA and Triton kernels.
+"""ModelOpt 0.47: block-scaled formats, which it computes on GPUs only, and the places that take an announced GPU for a real one.
 
-They matter only under `python -m nemo_opt.cpu`, where `torch.cuda.is_available()` is True. Importing this module registers the patches;
-`nemo_opt.cpu.patches.install` applies them as ModelOpt's modules are loaded.
+The latter matter only under `python -m nemo_opt.cpu`, where `torch.cuda.is_available()` is True. Importing this module registers the
+patches; `nemo_opt.cpu.patches.install` applies them as ModelOpt's modules are loaded.
 """
 
 import warnings
 from types import ModuleType
 from typing import Any
 
-from nemo_opt.cpu.patches import replace, set_attribute, when_loaded
+from nemo_opt.cpu.patches import replace, rewrite, set_attribute, when_loaded
 
 __all__: list[str] = []
 
@@ -45,3 +45,64 @@ for _module in ("common.attention", "quantization.gemm"):
 )
 def _hide_nvcc(module: ModuleType) -> None:
     set_attribute(module, "CUDA_HOME", None)
+
+
+@rewrite(
+    "modelopt.torch.quantization.tensor_quant:_dynamic_block_quantize_impl",
+    reason="asks for a CUDA tensor, Triton or a CUDA extension for NVFP4 and MX; registered as an operator when ModelOpt is imported",
+)
+def _dynamic_block_quantize(  # runs with ModelOpt's globals
+    inputs: Any, block_size: int, amax: Any, num_bits: int, exponent_bits: int, scale_num_bits: int, scale_exponent_bits: int
+) -> Any:
+    from nemo_opt.cpu.block_quant import dynamic_block_quantize
+
+    return dynamic_block_quantize(inputs, block_size, amax, num_bits, exponent_bits, scale_num_bits, scale_exponent_bits)
+
+
+@rewrite(
+    "modelopt.torch.quantization.tensor_quant:_fp8_eager",
+    reason="goes over memory a dozen times, twice through an unvectorised conversion; a third of the time gives the same numbers",
+)
+def _fp8_eager(x: Any, amax: Any = None) -> Any:  # runs with ModelOpt's globals
+    from nemo_opt.cpu.block_quant import fp8
+
+    return fp8(x, amax)
+
+
+@replace(
+    "modelopt.torch.quantization.tensor_quant:StaticBlockwiseFP4FakeQuantFunction.forward",
+    reason="refuses to work without Triton; NVFP4 with searched block scales (4/6, MSE, local Hessian) goes through it",
+    parameters=("ctx", "x", "amax", "global_amax", "quantize_block_scales", "fp8_max_for_normalization", "out_dtype", "pass_through_bwd"),
+)
+def _static_nvfp4(original: Any) -> Any:
+    def forward(
+        ctx: Any,
+        x: Any,
+        amax: Any,
+        global_amax: Any = None,
+        quantize_block_scales: bool = True,
+        fp8_max_for_normalization: float = 448.0,
+        out_dtype: Any = None,
+        pass_through_bwd: bool = False,
+    ) -> Any:
+        from nemo_opt.cpu.block_quant import nvfp4_static
+
+        original.__func__.__globals__["_save_for_backward_if_needed"](ctx, pass_through_bwd, x, amax)
+        return nvfp4_static(x, amax, global_amax, quantize_block_scales, fp8_max_for_normalization, out_dtype)
+
+    return staticmethod(forward)
+
+
+@replace(
+    "modelopt.torch.quantization.tensor_quant:FP4CastSTEFunction.forward",
+    reason="refuses to work without Triton; training of NVFP4's block scales (LSQ) goes through it",
+    parameters=("ctx", "x", "out_dtype"),
+)
+def _cast_nvfp4(original: Any) -> Any:
+    def forward(ctx: Any, x: Any, out_dtype: Any = None) -> Any:
+        from nemo_opt.cpu.block_quant import cast_e2m1
+
+        ctx.save_for_backward(x)
+        return cast_e2m1(x, out_dtype)
+
+    return staticmethod(forward)

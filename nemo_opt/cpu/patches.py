@@ -6,7 +6,8 @@ Three decisions:
   ModelOpt. Modules that are loaded already are patched at once.
 * Where upstream merely asks "is this a CUDA tensor?", the question is re-aimed inside that one function (`retarget`): constants and
   attribute names of its code object are exchanged in place. `Tensor.is_cuda` and `Tensor.type()` keep telling the truth everywhere
-  else, and references that other modules already hold see the change.
+  else, and references that other modules already hold see the change. A whole function that is registered elsewhere (as an operator's
+  implementation, say) gets another body the same way (`rewrite`).
 * A target that is gone, or no longer holds what the patch expects, raises `UpstreamMovedError` with the target's name. That a target's
   source file exists is checked at activation; what is inside is checked when the module is loaded, or for all at once by `apply_all`.
 """
@@ -23,7 +24,7 @@ from typing import Any
 
 from nemo_opt.errors import UpstreamMovedError
 
-__all__ = ["Patch", "apply_all", "install", "registered", "replace", "retarget", "set_attribute", "set_functions", "when_loaded"]
+__all__ = ["Patch", "apply_all", "install", "registered", "replace", "retarget", "rewrite", "set_attribute", "set_functions", "when_loaded"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +133,34 @@ def retarget(target: str, *, reason: str, constants: Mapping[str, str] | None = 
         if missing:
             raise UpstreamMovedError(f"{target} no longer mentions {missing}; this patch is stale. It was there because: {reason}")
         function.__code__ = code
+
+
+def rewrite(target: str, *, reason: str) -> Callable[[Any], Any]:
+    """Registers a function whose body becomes the target's, for whoever holds the target already.
+
+    The body runs with the target's globals, so it imports what it needs itself. The parameters must be the target's, by name.
+
+    Args:
+        target: "package.module:qualified.name" of a Python function without closure.
+        reason: Why the CPU backend cannot do without it.
+    """
+
+    def register(body: Any) -> Any:
+        code = body.__code__
+        if code.co_freevars:
+            raise ValueError(f"{body.__qualname__} refers to {code.co_freevars} around it, which {target} cannot see")
+
+        @when_loaded(target, reason=reason)
+        def apply(module: ModuleType) -> None:
+            original = _resolve(module, target)[2]
+            _check_parameters(target, original, code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+            if not isinstance(original, FunctionType) or original.__closure__:
+                raise UpstreamMovedError(f"{target} is no plain Python function any more; its body was to be exchanged")
+            original.__code__ = code
+
+        return body
+
+    return register
 
 
 def install() -> None:
