@@ -16,7 +16,21 @@ if TYPE_CHECKING:
     from nemo_opt.api.measure import evaluate
     from nemo_opt.api.pretrain import train
     from nemo_opt.api.pruning import prune
-    from nemo_opt.api.results import DistillResult, EvalResult, ExportResult, ImportResult, PruneResult, PtqResult, Result, TrainResult
+    from nemo_opt.api.ptq_sweep import ptq_sweep
+    from nemo_opt.api.recipe import search_recipe
+    from nemo_opt.api.results import (
+        DistillResult,
+        EvalResult,
+        ExportResult,
+        ImportResult,
+        PruneResult,
+        PtqResult,
+        RecipeResult,
+        Result,
+        SweepResult,
+        SweepRun,
+        TrainResult,
+    )
 
 __all__ = [
     "DistillResult",
@@ -25,7 +39,10 @@ __all__ = [
     "ImportResult",
     "PruneResult",
     "PtqResult",
+    "RecipeResult",
     "Result",
+    "SweepResult",
+    "SweepRun",
     "TrainResult",
     "builtin_corpus",
     "data_config",
@@ -35,6 +52,8 @@ __all__ = [
     "import_ckpt",
     "prune",
     "ptq",
+    "ptq_sweep",
+    "search_recipe",
     "train",
 ]
 
@@ -48,6 +67,20 @@ __getattr__, __dir__, _ = lazy_loader.attach(
         "measure": ["evaluate"],
         "pretrain": ["train"],
         "pruning": ["prune"],
-        "results": ["DistillResult", "EvalResult", "ExportResult", "ImportResult", "PruneResult", "PtqResult", "Result", "TrainResult"],
+        "ptq_sweep": ["ptq_sweep"],
+        "recipe": ["search_recipe"],
+        "results": [
+            "DistillResult",
+            "EvalResult",
+            "ExportResult",
+            "ImportResult",
+            "PruneResult",
+            "PtqResult",
+            "RecipeResult",
+            "Result",
+            "SweepResult",
+            "SweepRun",
+            "TrainResult",
+        ],
     },
 )

@@ -4,6 +4,7 @@ One `check_<command>` for each function of `nemo_opt.api`, with the same setting
 milliseconds; the functions call it again on each rank, since notebooks call them directly. Loads no torch.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ from nemo_opt.errors import CheckpointError, ConfigError
 from nemo_opt.parallel import Topology
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from nemo_opt.checkpoint.info import CheckpointInfo
     from nemo_opt.data.config import DataConfig
     from nemo_opt.distill.config import DistillationConfig
@@ -27,9 +30,12 @@ __all__ = [
     "check_output",
     "check_prune",
     "check_ptq",
+    "check_ptq_sweep",
+    "check_search_recipe",
     "check_train",
     "checkpoint_info",
     "is_huggingface",
+    "sweep_name",
     "tokenizer_directory",
 ]
 
@@ -168,6 +174,7 @@ def check_ptq(
     world_size: int,
     data: "DataConfig",
     tokenizer: str | None = None,
+    report: str | None = None,
     eval_batches: int = 8,
     overwrite: bool = False,
     **_: Any,
@@ -178,13 +185,65 @@ def check_ptq(
     if export.export_format != "nemo":
         raise ConfigError(f"export format {export.export_format!r} is not supported yet: use nemo (--export_format nemo)")
     check_output(export.path, overwrite=overwrite)
+    model, resolved = _check_quantisation(checkpoint, quantization, topology, world_size, data, tokenizer, eval_batches)
+    check_blocks(quantization, model, tp=resolved.tp)
+    _check_report(report)
+
+
+def check_ptq_sweep(
+    *,
+    checkpoint: str,
+    output: str,
+    algorithms: "Sequence[str]",
+    quantization: "QuantizationConfig",
+    topology: Topology,
+    world_size: int,
+    data: "DataConfig",
+    export_format: str | None = "nemo",
+    tokenizer: str | None = None,
+    report: str | None = None,
+    eval_batches: int = 8,
+    overwrite: bool = False,
+    **_: Any,
+) -> None:
+    """Checks the settings of `nemo_opt.api.ptq_sweep`; whether a single algorithm suits the model is said in the table."""
+    from nemo_opt.quantize.config import EXPORT_FORMATS
+
+    if export_format is not None and export_format not in EXPORT_FORMATS:
+        raise ConfigError(f"Unsupported export format {export_format!r}; known are {list(EXPORT_FORMATS)}")
+    names = [sweep_name(algorithm) for algorithm in algorithms]
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(f"algorithms {list(algorithms)}: give at least one, and none twice (each is a directory of its own)")
+    for algorithm in algorithms:
+        replace(quantization, algorithm=algorithm)
+    check_output(output, overwrite=overwrite)
+    _check_quantisation(checkpoint, quantization, topology, world_size, data, tokenizer, eval_batches)
+    _check_report(report)
+
+
+def sweep_name(algorithm: str) -> str:
+    """What a sweep calls an algorithm, in its table and as a directory: its name, or the stem of a recipe's file."""
+    from nemo_opt.quantize.config import is_recipe_file
+
+    return Path(algorithm).stem if is_recipe_file(algorithm) else algorithm
+
+
+def _check_quantisation(
+    checkpoint: str,
+    quantization: "QuantizationConfig",
+    topology: Topology,
+    world_size: int,
+    data: "DataConfig",
+    tokenizer: str | None,
+    eval_batches: int,
+) -> "tuple[ModelConfig, Topology]":
+    """The checkpoint, the layout and the data; returns the model's sizes and the resolved layout."""
     info = checkpoint_info(checkpoint)
     if info.has_modelopt_state:
         raise ConfigError(f"checkpoint {checkpoint} is already quantised or converted by ModelOpt: give the original")
     tokenizer_directory(info, tokenizer)
     _check_not_interleaved(topology, "quantisation")
     resolved = _check_layout(topology, world_size, info.model, data.seq_length)
-    check_blocks(quantization, info.model, tp=resolved.tp)
     if data.seq_length != quantization.calibration_seq_len:
         raise ConfigError(
             f"seq_length {data.seq_length} of the data != calibration_seq_len {quantization.calibration_seq_len}: use one value"
@@ -192,6 +251,50 @@ def check_ptq(
     size = quantization.calibration_dataset_size
     _check_samples("calibration_dataset_size", size, quantization.calibration_batch_size, resolved)
     _check_data(data, eval_batches)
+    return info.model, resolved
+
+
+def check_search_recipe(
+    *,
+    checkpoint: str,
+    output: str,
+    candidates: "list[QuantizationConfig]",
+    topology: Topology,
+    world_size: int,
+    data: "DataConfig",
+    tokenizer: str | None = None,
+    samples: int = 128,
+    overwrite: bool = False,
+    **_: Any,
+) -> None:
+    """Checks the settings of `nemo_opt.api.search_recipe`."""
+    from nemo_opt.quantize.blocks import check_blocks
+    from nemo_opt.quantize.config import SEARCHABLE, is_recipe_file
+
+    _check_file(output, overwrite=overwrite)
+    if not is_recipe_file(output):
+        raise ConfigError(f"recipe {output} must end in .json, .yaml or .yml")
+    if unknown := [config.algorithm for config in candidates if config.algorithm not in SEARCHABLE]:
+        raise ConfigError(f"candidates {unknown} cannot be searched: choose among {list(SEARCHABLE)}")
+    if topology.pp > 1:
+        raise ConfigError(f"pp {topology.pp}: the search for mixed precision needs pp 1; its recipe then quantises at any layout")
+    info = checkpoint_info(checkpoint)
+    if info.has_modelopt_state:
+        raise ConfigError(f"checkpoint {checkpoint} is already quantised or converted by ModelOpt: give the original")
+    tokenizer_directory(info, tokenizer)
+    resolved = _check_layout(topology, world_size, info.model, data.seq_length)
+    for config in candidates:
+        check_blocks(config, info.model, tp=resolved.tp)
+    _check_samples("samples", samples, data.micro_batch_size, resolved)
+    _check_data(data, 0)
+
+
+def _check_file(path: str, *, overwrite: bool) -> None:
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise ConfigError(f"{target.parent} does not exist: make it, or choose another place for {target.name}")
+    if target.is_dir() or (target.exists() and not overwrite):
+        raise ConfigError(f"output {target} exists: choose another path, remove it, or ask to overwrite it")
 
 
 def check_prune(
@@ -243,16 +346,23 @@ def _check_importance(
         )
     if scores is not None and not Path(scores).is_file():
         raise CheckpointError(f"importance scores {scores} do not exist: name a file that save_scores has written")
-    for name, path in (("save_scores", save_scores), ("report", report)):
-        if path is not None and Path(path).is_dir():
-            raise ConfigError(f"{name} {path} is a directory: name a file")
-        if path is not None and not Path(path).absolute().parent.is_dir():
-            raise ConfigError(f"{name} {path}: the directory {Path(path).absolute().parent} does not exist: make it, or name another")
-    if report is not None:
-        from nemo_opt.pages import can_plot
+    _check_new_file("save_scores", save_scores)
+    _check_report(report)
 
-        if not can_plot():
-            raise ConfigError("a report draws plots with matplotlib, which is not installed: install nemo_opt[plots]")
+
+def _check_new_file(name: str, path: str | None) -> None:
+    if path is not None and Path(path).is_dir():
+        raise ConfigError(f"{name} {path} is a directory: name a file")
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise ConfigError(f"{name} {path}: the directory {Path(path).absolute().parent} does not exist: make it, or name another")
+
+
+def _check_report(report: str | None) -> None:
+    from nemo_opt.pages import can_plot
+
+    _check_new_file("report", report)
+    if report is not None and not can_plot():
+        raise ConfigError("a report draws plots with matplotlib, which is not installed: install nemo_opt[plots]")
 
 
 def _check_search(pruning: "PruningConfig", model: "ModelConfig", topology: Topology, eval_batches: int) -> None:

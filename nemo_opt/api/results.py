@@ -6,7 +6,19 @@ Losses are mean cross-entropies in nats a token over the same validation batches
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["DistillResult", "EvalResult", "ExportResult", "ImportResult", "PruneResult", "PtqResult", "Result", "TrainResult"]
+__all__ = [
+    "DistillResult",
+    "EvalResult",
+    "ExportResult",
+    "ImportResult",
+    "PruneResult",
+    "PtqResult",
+    "RecipeResult",
+    "Result",
+    "SweepResult",
+    "SweepRun",
+    "TrainResult",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +65,20 @@ class TrainResult(Result):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecipeResult(Result):
+    """A search for mixed precision; nothing was quantised."""
+
+    effective_bits: float
+    """Bits a weight of the layers' linears on average; block scales are left out, as in the budget."""
+    budget_bits: float
+    """What was allowed."""
+    formats: dict[str, int]
+    """Linears of each format; "none" stays unquantised."""
+    format_of: dict[str, str]
+    """Format of each linear by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PtqResult(Result):
     """A post-training quantisation."""
 
@@ -68,8 +94,51 @@ class PtqResult(Result):
     """Quantizers that are enabled, over all ranks of one model copy."""
     bytes_before: int
     """Bytes of the source directory."""
-    bytes_after: int
-    """Bytes of the result directory."""
+    bytes_after: int | None
+    """Bytes of the result directory; None where nothing was written."""
+    block: str = ""
+    """Weights that share a scale, such as 128 or 128x128; empty without blocks."""
+    bits_per_weight: float | None = None
+    """Bits of a quantised weight in the exported form, scales included; None where none is quantised."""
+    bits_per_parameter: float | None = None
+    """The same of all parameters, with 16 for those that are not quantised."""
+    calibration: dict[str, Any] | None = None
+    """Samples, tokens, padding, passes, time_s and tokens_per_s of the calibration; None where none was needed."""
+    sqnr: dict[str, Any] = field(default_factory=dict)
+    """Of `weights` and of `activations`: median and worst SQNR in decibels and the worst one's name, where any was measured."""
+    quantizer_facts: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    """Of each quantizer by its global name: sqnr_db, amax and, of weights, bits."""
+    proof: dict[str, Any] | None = None
+    """What a reader of the exported files found; None where the format has no proof, or nothing was written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepRun:
+    """One algorithm of a sweep: a result, or an error."""
+
+    result: PtqResult | None = None
+    """What it has come to."""
+    error: str | None = None
+    """Why there is no result."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepResult(Result):
+    """The same model quantised by several algorithms."""
+
+    checkpoint: str
+    """The model."""
+    loss_before: float | None
+    """Its validation loss."""
+    bytes_before: int
+    """Bytes of its directory."""
+    runs: dict[str, SweepRun]
+    """By algorithm, in the order they were asked for."""
+
+    @property
+    def failed(self) -> list[str]:
+        """Algorithms without a result."""
+        return [name for name, run in self.runs.items() if run.result is None]
 
 
 @dataclass(frozen=True, kw_only=True)

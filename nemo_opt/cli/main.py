@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from nemo_opt import __version__
-from nemo_opt.cli import models, upkeep
+from nemo_opt.cli import models, recipes, upkeep
 from nemo_opt.cli.run import exit_code_of
 
 __all__ = ["app", "main"]
@@ -20,6 +20,7 @@ app = typer.Typer(
     help="PTQ, pruning and distillation of Megatron-Core models, on GPUs or on none.\n\nStart with `nemo-opt quickstart`.",
 )
 models.register(app)
+recipes.register(app)
 upkeep.register(app)
 
 

@@ -3,18 +3,34 @@
 from collections.abc import Iterable
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from nemo_opt import launch
-from nemo_opt.api.results import DistillResult, EvalResult, ExportResult, ImportResult, PruneResult, PtqResult, Result, TrainResult
+from nemo_opt.api.results import (
+    DistillResult,
+    EvalResult,
+    ExportResult,
+    ImportResult,
+    PruneResult,
+    PtqResult,
+    RecipeResult,
+    Result,
+    SweepResult,
+    TrainResult,
+)
 
-__all__ = ["format_bytes", "format_count", "format_loss", "show"]
+__all__ = ["format_bytes", "format_count", "format_db", "format_loss", "show"]
+
+_SWEEP_COLUMNS = ("algorithm", "block", "loss", "change", "bits", "on disk", "weights, dB", "activations, dB", "proven", "time")
+_WIDEST = 160
 
 _TITLES = {
     TrainResult: "Trained",
     PtqResult: "Quantised",
     PruneResult: "Pruned",
+    RecipeResult: "Recipe searched",
     DistillResult: "Distilled",
     ImportResult: "Imported",
     ExportResult: "Exported",
@@ -43,6 +59,15 @@ def format_bytes(value: float) -> str:
     return f"{value:g} B"
 
 
+def format_db(value: float | None) -> str:
+    """One digit; "exact" where nothing is lost."""
+    return "exact" if value is None else f"{value:.1f} dB"
+
+
+def _bare_db(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
 def _arrow(before: str, after: str) -> str:
     return f"{before} -> {after}"
 
@@ -66,6 +91,65 @@ def _pruning_rows(result: PruneResult) -> Iterable[tuple[str, str]]:
         yield "search", f"best of {len(result.search['scored'])} scored, {result.search['fitting']} within the limits"
 
 
+def _quantisation_rows(result: PtqResult) -> Iterable[tuple[str, str]]:
+    blocks = f", blocks of {result.block}" if result.block else ""
+    yield "algorithm", f"{result.algorithm or 'none'}, {result.quantizers} quantizers{blocks}"
+    yield _losses(result)
+    if result.bits_per_weight is not None:
+        yield "bits", f"{result.bits_per_weight:.3f} a quantised weight, {result.bits_per_parameter:.2f} a parameter"
+    if result.calibration is not None:
+        seen = result.calibration
+        yield "calibration", f"{seen['samples']} samples, {seen['tokens']:,} tokens, {format_count(seen['tokens_per_s'])} tokens/s"
+    for kind, found in result.sqnr.items():
+        yield f"SQNR of {kind}", f"median {format_db(found['median'])}, worst {format_db(found['worst'])}: {found['worst_name']}"
+    if result.bytes_after is not None:
+        yield "bytes", _arrow(format_bytes(result.bytes_before), format_bytes(result.bytes_after))
+    if result.proof is not None:
+        yield "export proven", ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in result.proof.items())
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _sweep_table(result: SweepResult) -> Table:
+    """One row for each algorithm."""
+    title = f"Quantised by {len(result.runs)} algorithms, {result.layout}, {result.spec} layer spec, {result.device}"
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for name in _SWEEP_COLUMNS:
+        table.add_column(name, justify="left" if name in ("algorithm", "block", "proven") else "right")
+    before, size = format_loss(result.loss_before), format_bytes(result.bytes_before)
+    table.add_row("unquantised", "", before, "", "16", size)
+    for name, run in result.runs.items():
+        cells = _sweep_cells(run.result) if run.result is not None else ["[red]failed[/red]"]
+        table.add_row(name, *cells)
+    return table
+
+
+def _sweep_cells(result: PtqResult) -> list[str]:
+    losses = result.loss_before, result.loss_after
+    ratios = [result.sqnr.get(kind, {}) for kind in ("weights", "activations")]
+    return [
+        result.block,
+        format_loss(result.loss_after),
+        f"{losses[1] - losses[0]:+.4f}" if losses[0] is not None and losses[1] is not None else "-",
+        "-" if result.bits_per_weight is None else f"{result.bits_per_weight:.3f}",
+        "-" if result.bytes_after is None else format_bytes(result.bytes_after),
+        *(" / ".join(_bare_db(found.get(key)) for key in ("median", "worst")) for found in ratios),
+        "-" if result.proof is None else "yes",
+        f"{result.time_s:.1f} s",
+    ]
+
+
+def _show_sweep(console: Console, result: SweepResult) -> None:
+    table = _sweep_table(result)
+    # cut to the width of a narrow terminal, all its numbers would be unreadable
+    console.width = max(console.width, console.measure(table, options=console.options.update(width=_WIDEST)).maximum)
+    console.print(table)
+    for name in result.failed:
+        console.print(f"{name} failed: {result.runs[name].error}", style="red", markup=False, highlight=False)
+
+
 def _rows(result: Result) -> Iterable[tuple[str, str]]:
     """What is particular to each kind of result."""
     match result:
@@ -74,9 +158,10 @@ def _rows(result: Result) -> Iterable[tuple[str, str]]:
             yield "validation loss", f"{format_loss(result.loss_after)} (knowing nothing: {result.loss_uniform:.4f})"
             yield "steps", f"{result.steps}, {format_count(result.tokens_per_s)} tokens/s"
         case PtqResult():
-            yield "algorithm", f"{result.algorithm or 'none'}, {result.quantizers} quantizers"
-            yield _losses(result)
-            yield "bytes", _arrow(format_bytes(result.bytes_before), format_bytes(result.bytes_after))
+            yield from _quantisation_rows(result)
+        case RecipeResult():
+            yield "bits a weight", f"{result.effective_bits:.2f}, {result.budget_bits:g} allowed"
+            yield "linears", ", ".join(f"{count} {name}" for name, count in sorted(result.formats.items()))
         case PruneResult():
             yield from _pruning_rows(result)
         case DistillResult():
@@ -95,6 +180,16 @@ def show(result: Result) -> None:
     """Prints `result` (rank 0 only, under torchrun)."""
     if launch.rank() != 0:
         return
+    console = Console(soft_wrap=True)
+    if isinstance(result, SweepResult):
+        _show_sweep(console, result)
+    else:
+        console.print(_facts_table(result))
+    verb = "read" if isinstance(result, EvalResult) else "written to"
+    console.print(f"{verb} [bold]{result.path}[/bold]", style="green", highlight=False)
+
+
+def _facts_table(result: Result) -> Table:
     table = Table(title=_TITLES.get(type(result), type(result).__name__), title_justify="left", title_style="bold", show_header=False)
     for name, value in _rows(result):
         table.add_row(name, value)
@@ -102,7 +197,4 @@ def show(result: Result) -> None:
         table.add_row("parameters", format_count(result.parameters))
     table.add_row("layout", f"{result.layout}, {result.spec} layer spec, {result.device}")
     table.add_row("time", f"{result.time_s:.1f} s")
-    console = Console(soft_wrap=True)
-    console.print(table)
-    verb = "read" if isinstance(result, EvalResult) else "written to"
-    console.print(f"{verb} [bold]{result.path}[/bold]", style="green", highlight=False)
+    return table

@@ -11,10 +11,13 @@ from typing import Any, ClassVar, Self
 
 from nemo_opt.errors import ConfigError
 
-__all__ = ["ALGORITHMS", "EXPORT_FORMATS", "ExportConfig", "QuantizationConfig", "is_recipe_file"]
+__all__ = ["ALGORITHMS", "EXPORT_FORMATS", "SEARCHABLE", "ExportConfig", "QuantizationConfig", "is_recipe_file"]
 
 ALGORITHMS = ("block_fp8", "fp8", "int4", "int4_awq", "int8", "int8_sq", "mxfp8", "nvfp4", "w4a8_awq")
 """Algorithms by NeMo's names, and mxfp8: proven from calibration on every layout to the export."""
+
+SEARCHABLE = ("block_fp8", "fp8", "int4", "int8", "mxfp8", "nvfp4")
+"""Those calibrated by maxima alone, among which a search for mixed precision may choose."""
 
 _RECIPE_SUFFIXES = (".json", ".yaml", ".yml")
 _KV_FORMATS = ("fp8", "nvfp4")

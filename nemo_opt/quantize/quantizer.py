@@ -29,7 +29,7 @@ from nemo_opt.models.sizes import model_config_of
 from nemo_opt.parallel import Topology, current_topology
 from nemo_opt.quantize.blocks import check_recipe_blocks
 from nemo_opt.quantize.config import ExportConfig, QuantizationConfig
-from nemo_opt.quantize.recipes import get_quant_cfg_choices, kv_format, needs_data, quant_cfg_of
+from nemo_opt.quantize.recipes import get_quant_cfg_choices, kv_format, localized, needs_data, quant_cfg_of
 from nemo_opt.quantize.smooth import smoothquant
 from nemo_opt.training.forward import ForwardLoop
 
@@ -88,6 +88,7 @@ class Quantizer:
         if isinstance(target, GPTModel):
             check_recipe_blocks(quant_cfg, model_config_of([target]), tp=parallel_state.get_tensor_model_parallel_world_size())
             self._check_kv_cache(target, quant_cfg)
+            quant_cfg = localized(quant_cfg, [layer.layer_number - 1 for layer in target.decoder.layers])
         repair_amax_sharding()
         self._calibrate(target, quant_cfg, forward_loop)
         on_each(lambda: _check_calibrated(target))

@@ -5,11 +5,14 @@ Decisions:
   next one's.
 - NeMo's rule for the KV cache is kept: beside one of its named algorithms, `enable_kv_cache=None` quantises the cache unless the algorithm
   is an int8 one or the decoder type is "gpt". A recipe from a file, or under ModelOpt's name, says itself what it quantises.
+- Entries that name a layer by number count over all pipeline stages (ModelOpt matches the names of each stage, which begin at 0).
 - `awq_block_size` holds for plain int4 too, `sq_alpha` for int8_sq: NeMo reads the second nowhere.
 """
 
 import copy
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from nemo_opt.errors import ConfigError
 from nemo_opt.quantize.blocks import weight_cfgs
 from nemo_opt.quantize.config import ALGORITHMS, QuantizationConfig, is_recipe_file
 
-__all__ = ["get_quant_cfg_choices", "kv_format", "load_quant_cfg", "needs_data", "quant_cfg_of", "save_quant_cfg"]
+__all__ = ["get_quant_cfg_choices", "kv_format", "load_quant_cfg", "localized", "needs_data", "quant_cfg_of", "save_quant_cfg"]
 
 _UPSTREAM_NAMES = {
     "block_fp8": "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG",
@@ -40,6 +43,7 @@ _UPSTREAM_NAMES = {
 _KV_NAMES = {"fp8": "FP8_KV_CFG", "nvfp4": "NVFP4_KV_CFG"}
 _PAIRS = ("num_bits", "scale_bits")
 _INT4_BLOCKS = ("int4", "int4_awq", "w4a8_awq")
+_LAYER = re.compile(r"layers\.(\d+)\.")
 _COARSE_SEARCH = ("gemma", "mpt")
 
 assert set(_UPSTREAM_NAMES) == set(ALGORITHMS)
@@ -115,6 +119,25 @@ def needs_data(quant_cfg: dict[str, Any]) -> bool:
             last.clear()
         last[entry["quantizer_name"]] = entry
     return any(_sees_data(entry) for name, entry in last.items() if "weight_quantizer" not in name and entry.get("enable", True))
+
+
+def localized(quant_cfg: dict[str, Any], global_numbers: Sequence[int]) -> dict[str, Any]:
+    """A configuration whose entries name layers over all pipeline stages, for a stage that counts its own from 0.
+
+    Args:
+        quant_cfg: a ModelOpt configuration; entries without a layer number stay as they are.
+        global_numbers: of this stage's layers, from 0, in order.
+
+    """
+    entries = []
+    for entry in quant_cfg["quant_cfg"]:
+        match = _LAYER.search(entry["quantizer_name"])
+        if match is None:
+            entries.append(entry)
+        elif int(match[1]) in global_numbers:
+            local = f"layers.{list(global_numbers).index(int(match[1]))}."
+            entries.append(entry | {"quantizer_name": _LAYER.sub(local, entry["quantizer_name"])})
+    return quant_cfg | {"quant_cfg": entries}
 
 
 def _sees_data(entry: dict[str, Any]) -> bool:

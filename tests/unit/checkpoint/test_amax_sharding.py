@@ -79,7 +79,7 @@ class TestGroupedExperts:
 
     KEYS = tuple(f"weight_quantizer.{expert}._amax" for expert in range(4))
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def upstream(self):
         """The plugin, loaded anew beside the one that may be repaired already."""
         source = Path(plugin.__file__).read_text()

@@ -129,7 +129,7 @@ def test_upstream_may_change_what_it_is_given_without_changing_ours(patched):
 @pytest.fixture
 def te_model(patched):
     """A GPTModel as far as the Quantizer looks, of layer spec te."""
-    model = MagicMock(spec=GPTModel)
+    model = MagicMock(spec=GPTModel, decoder=MagicMock(layers=[]))
     model.named_modules.return_value = []
     with (
         patch(f"{HERE}._target", return_value=model),

@@ -10,7 +10,7 @@ from modelopt.torch.quantization.config import need_calibration
 from nemo_opt.errors import ConfigError
 from nemo_opt.quantize.blocks import weight_cfgs
 from nemo_opt.quantize.config import ALGORITHMS, QuantizationConfig
-from nemo_opt.quantize.recipes import get_quant_cfg_choices, kv_format, load_quant_cfg, needs_data, quant_cfg_of, save_quant_cfg
+from nemo_opt.quantize.recipes import get_quant_cfg_choices, kv_format, load_quant_cfg, localized, needs_data, quant_cfg_of, save_quant_cfg
 
 NAMES = sorted(name for name in dir(mtq) if name.endswith("_CFG") and "algorithm" in getattr(mtq, name))
 
@@ -165,3 +165,13 @@ def test_what_needs_data_is_what_modelopt_says(name):
 )
 def test_entries_that_switch_off_again_need_no_data(settings, expected):
     assert needs_data(quant_cfg_of(QuantizationConfig(**settings))) is expected
+
+
+def test_layers_count_over_all_stages():
+    names = ["*weight_quantizer", "decoder.layers.1.mlp.linear_fc1.weight_quantizer", "*layers.12.*", "*.layers.13.*input_quantizer"]
+    quant_cfg = {"quant_cfg": [{"quantizer_name": name, "enable": False} for name in names], "algorithm": "max"}
+    local = localized(quant_cfg, [12, 13])
+    assert [entry["quantizer_name"] for entry in local["quant_cfg"]] == ["*weight_quantizer", "*layers.0.*", "*.layers.1.*input_quantizer"]
+    assert local["algorithm"] == "max"
+    assert [entry["quantizer_name"] for entry in quant_cfg["quant_cfg"]] == names
+    assert localized(quant_cfg, range(20)) == quant_cfg
