@@ -103,7 +103,7 @@ def nvfp4(inputs: torch.Tensor, amax: torch.Tensor | None = None, block_size: in
         is everything under an amax of 0.
     """
     amax = inputs.detach().abs() if amax is None else amax
-    amax = amax.amax().float() if amax.numel() else torch.zeros(())
+    amax = amax.amax().float() if amax.numel() else inputs.new_zeros((), dtype=torch.float32)
     tensor_scale = amax / (element.maximum * E4M3.maximum)
 
     def quantize(values: torch.Tensor, scratch: torch.Tensor, rows: slice) -> torch.Tensor:
@@ -165,7 +165,7 @@ def cast_e2m1(inputs: torch.Tensor, out_dtype: torch.dtype | None = None) -> tor
 
     def quantize(values: torch.Tensor, scratch: torch.Tensor, rows: slice) -> torch.Tensor:
         round_(saturate_(values, E2M1), E2M1, scratch)
-        return torch.ones(())
+        return values.new_ones(())
 
     return _by_blocks(inputs.reshape(-1), _PIECE, quantize, out_dtype).view(inputs.shape)
 
@@ -221,9 +221,10 @@ def _by_blocks(inputs: torch.Tensor, block_size: int, quantize: _Quantize, out_d
 
 def _by_pieces(source: torch.Tensor, quantize: _Quantize, out_dtype: torch.dtype) -> torch.Tensor:
     """Applies `quantize` to pieces of the first dimension."""
-    target = torch.empty(source.shape, dtype=out_dtype)
+    target = torch.empty(source.shape, dtype=out_dtype, device=source.device)
     step = min(max(1, _PIECE * len(source) // source.numel()), len(source))
-    values, scratch = torch.empty(step, *source.shape[1:]), torch.empty(step, *source.shape[1:], dtype=torch.int32)
+    values = torch.empty(step, *source.shape[1:], dtype=torch.float32, device=source.device)
+    scratch = torch.empty_like(values, dtype=torch.int32)
     for start in range(0, len(source), step):
         rows = slice(start, min(start + step, len(source)))
         piece = values[: rows.stop - start].copy_(source[rows])
