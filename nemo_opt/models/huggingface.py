@@ -1,13 +1,10 @@
 """Hugging Face Llamas in and out of a GPTModel at any layout, without a process that holds the whole model.
 
-Import: each rank reads the rows and columns of its own shards from the safetensors files. Export: weights travel to rank 0 one by one, and
-are written in files of limited size. An export is written beside its place and renamed, so a directory with that name is complete.
-Unquantised models only: what quantization adds has exporters of its own.
+Import: each rank reads the rows and columns of its own shards from the safetensors files. Export: `huggingface_writer` gathers and writes.
+Unquantised models only: `nemo_opt.quantize.export` writes what quantization adds.
 """
 
-import json
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,30 +12,16 @@ import nemo_opt._stack
 
 import torch
 
-from nemo_opt.checkpoint import atomic
-from nemo_opt.collective import on_first
 from nemo_opt.errors import CheckpointError, ConfigError
 from nemo_opt.models.config import ModelConfig
 from nemo_opt.models.huggingface_config import config_from_hf, config_to_hf, special_token_ids
 from nemo_opt.models.huggingface_names import hf_pieces, hf_shapes
-from nemo_opt.models.safetensors_dir import SafetensorsReader, SafetensorsWriter
-from nemo_opt.models.shards import Shard, full_tensors, parameter_shards
+from nemo_opt.models.huggingface_writer import TOKENIZER_FILES, HuggingFaceWriter, write_directory
+from nemo_opt.models.safetensors_dir import SafetensorsReader
+from nemo_opt.models.shards import Shard, parameter_shards
 from nemo_opt.models.sizes import model_config_of, unwrap
 
-__all__ = ["TOKENIZER_FILES", "config_from_hf", "export_hf", "import_hf"]
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "generation_config.json",
-)
-"""What an export copies from a tokenizer directory, where it is there."""
+__all__ = ["TOKENIZER_FILES", "config_from_hf", "export_hf", "hf_weights", "import_hf"]
 
 _NO_MATTER_FOR_WEIGHTS = ("init_method_std", "max_position_embeddings")
 
@@ -92,70 +75,27 @@ def export_hf(
         CheckpointError: `out_dir` is not empty, or cannot be written. Raised on every rank.
 
     """
-    out_dir = Path(out_dir)
     config = model_config_of(chunks)
     _refuse_quantized(chunks)
-    shards = parameter_shards(chunks)
-    dtype = dtype or unwrap(chunks[0]).config.params_dtype
-    export: _Export | None = None
+    stored = dtype or unwrap(chunks[0]).config.params_dtype
 
-    def begin() -> None:
-        nonlocal export
-        export = _Export(config, out_dir, dtype, tokenizer_dir, max_file_bytes, overwrite)
-
-    def end() -> None:
-        assert export is not None
-        export.finish()
-
-    on_first(_named(begin))
-    for key, tensor in full_tensors(shards):
-        if export is not None and tensor is not None:
-            export.add(key, tensor)
-    on_first(_named(end))
-    return out_dir
-
-
-class _Export:
-    """Rank 0's side. Errors in `add` wait for `finish`: other ranks are sending, and learn of them there."""
-
-    def __init__(
-        self, config: ModelConfig, out_dir: Path, dtype: torch.dtype, tokenizer_dir: str | Path | None, max_bytes: int, overwrite: bool
-    ) -> None:
-        self._config, self._out_dir, self._dtype, self._overwrite = config, out_dir, dtype, overwrite
+    def begin() -> HuggingFaceWriter:
         tokens = special_token_ids(tokenizer_dir) if tokenizer_dir is not None else None
-        hf_config = config_to_hf(config, dtype=str(dtype).removeprefix("torch."), special_tokens=tokens)
-        atomic.check_target(out_dir, overwrite=overwrite, marks=("config.json",))
-        atomic.remove_stale(out_dir)
-        self._work_dir = atomic.create_beside(out_dir)
-        self._error: Exception | None = None
-        (self._work_dir / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
-        for name in TOKENIZER_FILES if tokenizer_dir is not None else ():
-            if (source := Path(tokenizer_dir or "") / name).is_file():
-                shutil.copyfile(source, self._work_dir / name)
-        self._missing = hf_shapes(config)
-        self._writer = SafetensorsWriter(self._work_dir, max_file_bytes=max_bytes)
+        hf_config = config_to_hf(config, dtype=str(stored).removeprefix("torch."), special_tokens=tokens)
+        return HuggingFaceWriter(
+            Path(out_dir),
+            {"config.json": hf_config},
+            list(hf_shapes(config)),
+            tokenizer_dir=tokenizer_dir,
+            max_file_bytes=max_file_bytes,
+            overwrite=overwrite,
+        )
 
-    def add(self, key: str, tensor: torch.Tensor) -> None:
-        if self._error is not None:
-            return
-        try:
-            for name, weight in _hf_weights(key, tensor, self._config).items():
-                if self._missing.pop(name, None) != tuple(weight.shape):
-                    raise CheckpointError(f"{name} would be written as {tuple(weight.shape)}, which config.json contradicts")
-                self._writer.add(name, weight.to(self._dtype))
-        except (OSError, RuntimeError, ValueError) as error:
-            self._error = error
+    def convert(key: str, weight: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
+        return {name: {name: tensor.to(stored)} for name, tensor in hf_weights(key, weight, config).items()}
 
-    def finish(self) -> None:
-        try:
-            if self._error is not None:
-                raise self._error
-            if self._missing:
-                raise CheckpointError(f"the ranks hold no {', '.join(self._missing)}: call export_hf on every rank, with all chunks")
-            self._writer.close()
-            atomic.publish(self._work_dir, self._out_dir, overwrite=self._overwrite, marks=("config.json",))
-        finally:
-            shutil.rmtree(self._work_dir, ignore_errors=True)
+    write_directory(parameter_shards(chunks), begin, convert)
+    return Path(out_dir)
 
 
 def _read(reader: SafetensorsReader, shard: Shard, config: ModelConfig) -> None:
@@ -171,11 +111,23 @@ def _read(reader: SafetensorsReader, shard: Shard, config: ModelConfig) -> None:
     shard.tensor[covered:].zero_()
 
 
-def _hf_weights(key: str, tensor: torch.Tensor, config: ModelConfig) -> dict[str, torch.Tensor]:
+def hf_weights(key: str, weight: torch.Tensor, config: ModelConfig) -> dict[str, torch.Tensor]:
+    """Hugging Face weights by name, from the whole Megatron weight `key` (a `Shard.key`) or what has one entry for each row.
+
+    Raises:
+        ConfigError: A Llama has no such weight.
+        CheckpointError: The weight is too small.
+
+    """
+    shapes = hf_shapes(config)
     rows: dict[str, list[torch.Tensor]] = {}
     for piece in hf_pieces(key, config):
-        rows.setdefault(piece.name, []).append(tensor[piece.row : piece.row + piece.num_rows])
-    return {name: torch.cat(parts) for name, parts in rows.items()}
+        rows.setdefault(piece.name, []).append(weight[piece.row : piece.row + piece.num_rows])
+    whole = {name: torch.cat(parts) for name, parts in rows.items()}
+    for name, tensor in whole.items():
+        if len(tensor) != shapes[name][0]:
+            raise CheckpointError(f"{key} has rows for {len(tensor)} of the {shapes[name][0]} rows of {name}")
+    return whole
 
 
 def _ignored(config: ModelConfig, names: set[str]) -> frozenset[str]:
@@ -197,17 +149,3 @@ def _check_same(directory: str | Path, found: ModelConfig, built: ModelConfig) -
 def _refuse_quantized(chunks: Sequence[torch.nn.Module]) -> None:
     if any(type(module).__name__ == "TensorQuantizer" for chunk in chunks for module in chunk.modules()):
         raise ConfigError("the model has quantizers, which this export would drop: use nemo_opt.quantize, or export before quantizing")
-
-
-def _named(action: Callable[[], None]) -> Callable[[], None]:
-    """`action` with the errors of disk and files as this module's own."""
-
-    def attempt() -> None:
-        try:
-            action()
-        except (CheckpointError, ConfigError):
-            raise
-        except (OSError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"export failed: {type(error).__name__}: {error}") from error
-
-    return attempt

@@ -38,6 +38,18 @@ class SafetensorsReader:
         """Of a weight, from its file's header."""
         return tuple(self._slice(name).get_shape())
 
+    def dtype(self, name: str) -> str:
+        """Of a weight, in the format's own words: F32, BF16, F8_E4M3, I8, U8, I32, ..."""
+        return str(self._slice(name).get_dtype())
+
+    def whole(self, name: str) -> torch.Tensor:
+        """A weight with all its elements, scalars included."""
+        try:
+            tensor: torch.Tensor = self._open(self._file_of[name]).get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self._path(name)}: {name} cannot be read: {error}") from None
+        return tensor
+
     def read(self, name: str, index: tuple[slice, ...]) -> torch.Tensor:
         """A rectangle of a weight; nothing else is read from the disk."""
         try:

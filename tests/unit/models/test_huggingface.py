@@ -7,7 +7,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from safetensors.torch import load_file, save_file
 
 from nemo_opt.errors import CheckpointError, ConfigError
-from nemo_opt.models import huggingface
+from nemo_opt.models import huggingface_writer
 from nemo_opt.models.build import build_model
 from nemo_opt.models.config import preset
 from nemo_opt.models.huggingface import config_from_hf, export_hf, import_hf
@@ -254,7 +254,7 @@ def test_failed_export_leaves_nothing(imported, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     _, chunks = imported
-    monkeypatch.setattr(huggingface.SafetensorsWriter, "add", full_disk)
+    monkeypatch.setattr(huggingface_writer.SafetensorsWriter, "add", full_disk)
     with pytest.raises(CheckpointError, match=r"export failed: OSError: .*No space left"):
         export_hf(chunks, tmp_path / "out")
     assert not list(tmp_path.iterdir())
