@@ -10,12 +10,14 @@ from nemo_opt.cli.layout import Layout, with_layout
 from nemo_opt.cli.report import show
 from nemo_opt.cli.run import start, write_json
 from nemo_opt.errors import ConfigError
+from nemo_opt.quantize.config import ALGORITHMS, EXPORT_FORMATS
 
 __all__ = ["register"]
 
 _DATA = "Data"
 _SIZES = "Sizes to prune to"
 _SEARCH = "Search under limits"
+_SWEEP = "Sweep over algorithms"
 _IMPORTANCE = "Importance"
 
 Checkpoint = Annotated[Path, typer.Argument(help="Checkpoint directory.", show_default=False)]
@@ -52,6 +54,7 @@ LogDir = Annotated[Path | None, typer.Option("--log-dir", help="Directory of met
 
 
 def check_spec(spec: str | None) -> str | None:
+    """The layer spec of a flag; raises `ConfigError` where there is none of that name."""
     if spec not in (None, "te", "local"):
         raise ConfigError(f"layer spec {spec!r} is unknown: give te or local")
     return spec
@@ -61,11 +64,12 @@ def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
 
 
-def _run(command: str, layout: Layout, json: Path | None, **settings: Any) -> None:
+def _run(command: str, layout: Layout, json: Path | None, **settings: Any) -> Any:
     result = start(command, devices=layout.devices, topology=layout.topology, **settings)
     show(result)
     if json is not None:
         write_json(result, json)
+    return result
 
 
 def _training(
@@ -158,7 +162,24 @@ def export_hf(ckpt: Checkpoint, hf_dir: Output, overwrite: Overwrite = False, js
 def ptq(
     ckpt: Checkpoint,
     output: Output,
-    algorithm: Annotated[str, typer.Option("--algorithm", "-a", help="fp8 or int8.")] = "fp8",
+    algorithm: Annotated[
+        str,
+        typer.Option("--algorithm", "-a", help=f"One of {', '.join(ALGORITHMS)}; a ModelOpt configuration (..._CFG); or a recipe's file."),
+    ] = "fp8",
+    export_format: Annotated[str, typer.Option("--export-format", help=f"Form of the result: {', '.join(EXPORT_FORMATS)}.")] = "nemo",
+    awq_block_size: Annotated[int, typer.Option("--awq-block-size", help="Weights that share a scale in int4 formats.")] = 128,
+    weight_only: Annotated[bool, typer.Option("--weight-only", help="Leave activations as they are.")] = False,
+    kv_cache: Annotated[
+        bool | None, typer.Option("--kv-cache/--no-kv-cache", help="Quantise the KV cache. Default: NeMo's rule, not beside int8.")
+    ] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Compare algorithms; OUTPUT holds each result.", rich_help_panel=_SWEEP)] = False,
+    algorithms: Annotated[
+        str | None, typer.Option("--algorithms", help="Which, with commas between. Default: all.", rich_help_panel=_SWEEP)
+    ] = None,
+    export: Annotated[
+        bool, typer.Option("--export/--no-export", help="Write each result, or only measure.", rich_help_panel=_SWEEP)
+    ] = True,
+    report: Annotated[Path | None, typer.Option("--report", help="Write a page of losses, sizes, SQNR and amax (HTML).")] = None,
     calibration_samples: Annotated[
         int, typer.Option("--calibration-samples", help="Samples to calibrate on.", rich_help_panel=_DATA)
     ] = 128,
@@ -175,33 +196,44 @@ def ptq(
     *,
     layout: Layout,
 ) -> None:
-    """Quantise a checkpoint after training.
+    """Quantise a checkpoint after training; or compare algorithms on it (a sweep).
 
-    Example: `nemo-opt ptq ./teacher ./teacher-fp8 --algorithm fp8 --tp 2`
+    Example: `nemo-opt ptq ./teacher ./teacher-fp8 --algorithm fp8 --tp 2 --report fp8.html`
+
+    or `nemo-opt ptq ./teacher ./sweep --sweep --algorithms fp8,int4_awq,nvfp4 --pp 2 --report sweep.html`
+
+    or, all algorithms, only measured, `nemo-opt ptq ./teacher ./sweep --sweep --no-export`
     """
     from nemo_opt.quantize.config import ExportConfig, QuantizationConfig
 
-    quantization = QuantizationConfig(
-        algorithm=algorithm,
-        calibration_dataset="builtin" if not data else data[-1],
-        calibration_dataset_size=calibration_samples,
-        calibration_batch_size=mbs,
-        calibration_seq_len=seq_length,
-    )
-    settings = data_config(data, mock=mock, split=split, seq_length=seq_length, micro_batch_size=mbs, global_batch_size=mbs)
-    _run(
-        "ptq",
-        layout,
-        json,
-        checkpoint=str(ckpt),
-        quantization=quantization,
-        export=ExportConfig(path=str(output), export_format="nemo"),
-        data=settings,
-        tokenizer=tokenizer,
-        eval_batches=eval_batches,
-        spec=check_spec(spec),
-        overwrite=overwrite,
-    )
+    if not sweep and (algorithms is not None or not export):
+        raise ConfigError("--algorithms and --no-export belong to a sweep over algorithms: add --sweep")
+    common: dict[str, Any] = {
+        "checkpoint": str(ckpt),
+        "quantization": QuantizationConfig(
+            algorithm=algorithm,
+            awq_block_size=awq_block_size,
+            weight_only=weight_only,
+            enable_kv_cache=kv_cache,
+            calibration_dataset="builtin" if not data else data[-1],
+            calibration_dataset_size=calibration_samples,
+            calibration_batch_size=mbs,
+            calibration_seq_len=seq_length,
+        ),
+        "data": data_config(data, mock=mock, split=split, seq_length=seq_length, micro_batch_size=mbs, global_batch_size=mbs),
+        "tokenizer": tokenizer,
+        "report": _text(report),
+        "eval_batches": eval_batches,
+        "spec": check_spec(spec),
+        "overwrite": overwrite,
+    }
+    if not sweep:
+        _run("ptq", layout, json, export=ExportConfig(path=str(output), export_format=export_format), **common)
+        return
+    names = [name.strip() for name in algorithms.split(",")] if algorithms is not None else list(ALGORITHMS)
+    chosen = {"algorithms": names, "export_format": export_format if export else None}
+    if _run("ptq_sweep", layout, json, output=str(output), **chosen, **common).failed:
+        raise typer.Exit(1)
 
 
 @with_layout

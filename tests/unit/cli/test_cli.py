@@ -9,7 +9,17 @@ import pytest
 
 from nemo_opt import launch
 from nemo_opt.api import checks
-from nemo_opt.api.results import DistillResult, EvalResult, ExportResult, ImportResult, PruneResult, PtqResult, TrainResult
+from nemo_opt.api.results import (
+    DistillResult,
+    EvalResult,
+    ExportResult,
+    ImportResult,
+    PruneResult,
+    PtqResult,
+    SweepResult,
+    SweepRun,
+    TrainResult,
+)
 from nemo_opt.cli import report, run
 from nemo_opt.cli.main import main
 from nemo_opt.errors import ConfigError
@@ -17,6 +27,7 @@ from nemo_opt.launch import RankFailedError
 from nemo_opt.parallel import Topology
 from nemo_opt.prune.config import PruningConfig
 from nemo_opt.prune.space import SearchSpace
+from nemo_opt.quantize.config import ALGORITHMS
 
 FACTS = {"path": "OUT", "layout": "TP2PP1", "spec": "te", "device": "cpu/gloo", "parameters": 1_115_264, "time_s": 2.5}
 RESULTS = {
@@ -56,6 +67,19 @@ RESULTS = {
 }
 
 
+MEASURED = replace(
+    RESULTS["ptq"],
+    block="64",
+    bits_per_weight=4.25,
+    bits_per_parameter=9.79,
+    calibration={"samples": 64, "tokens": 8192, "tokens_per_s": 16384.0},
+    sqnr={kind: {"median": 31.62, "worst": worst, "worst_name": "W"} for kind, worst in (("weights", 30.04), ("activations", None))},
+    proof={"logits_difference": 1.25e-6, "tensors": 28},
+)
+SWEEP = {"checkpoint": "CKPT", "loss_before": 5.0, "bytes_before": 4_680_000}
+RESULTS["ptq_sweep"] = SweepResult(**FACTS, **SWEEP, runs={"fp8": SweepRun(result=RESULTS["ptq"]), "int4": SweepRun(result=MEASURED)})
+
+
 @pytest.fixture
 def started(monkeypatch, tmp_path):
     """What a command would start, as (command, devices, settings); the result is that of `RESULTS`."""
@@ -89,7 +113,8 @@ def call(arguments):
         ("train OUT --checkpoint C --resume --log-dir L", "train", 1, Topology(), {"checkpoint": "C", "resume": True, "log_dir": "L"}),
         ("import HF OUT --tp 2 --pp 2", "import_ckpt", 4, Topology(tp=2, pp=2), {"source": "HF", "output": "OUT"}),
         ("export CKPT HF --pp 2", "export_ckpt", 2, Topology(pp=2), {"checkpoint": "CKPT", "output": "HF", "overwrite": False}),
-        ("ptq CKPT OUT -a int8 --devices 4 --tp 2", "ptq", 4, Topology(tp=2), {"checkpoint": "CKPT", "spec": None}),
+        ("ptq CKPT OUT -a int8 --devices 4 --tp 2", "ptq", 4, Topology(tp=2), {"checkpoint": "CKPT", "spec": None, "report": None}),
+        ("ptq CKPT OUT --sweep --pp 2", "ptq_sweep", 2, Topology(pp=2), {"output": "OUT", "algorithms": [*ALGORITHMS]}),
         ("prune CKPT OUT --hidden-size 64 --pp 2 --overwrite", "prune", 2, Topology(pp=2), {"num_train_samples": 128, "overwrite": True}),
         ("prune CKPT OUT --drop-layer 1 --drop-layer 3", "prune", 1, Topology(), {"output": "OUT"}),
         ("distill S T OUT --kd-config kd.yaml --cp 2", "distill", 2, Topology(cp=2), {"student": "S", "distillation": "kd.yaml"}),
@@ -117,6 +142,69 @@ def test_settings_of_the_commands(started):
     assert prune["data"].mock
     training = distill["training"]
     assert (training.max_steps, training.warmup_steps, training.min_lr) == (50, 5, 0.001)
+
+
+def test_quantisation_by_settings(started):
+    call("ptq CKPT OUT -a int4_awq --awq-block-size 64 --weight-only --no-kv-cache --export-format hf --report R.html")
+    call("ptq CKPT OUT --sweep --algorithms fp8,int4 --no-export --kv-cache --report R.html")
+    one, sweep = (settings for _, _, settings in started)
+    quantization = one["quantization"]
+    assert (quantization.algorithm, quantization.awq_block_size, quantization.weight_only) == ("int4_awq", 64, True)
+    assert (quantization.enable_kv_cache, one["export"].export_format, str(one["export"].path), one["report"]) == (
+        False,
+        "hf",
+        "OUT",
+        "R.html",
+    )
+    assert (sweep["algorithms"], sweep["export_format"], sweep["report"]) == (["fp8", "int4"], None, "R.html")
+    assert sweep["quantization"].enable_kv_cache
+    call("ptq CKPT OUT --sweep")
+    assert started[-1][2]["export_format"] == "nemo"
+
+
+@pytest.mark.parametrize("flag", ["--algorithms fp8", "--no-export"])
+def test_settings_of_a_sweep_need_one(started, capsys, flag):
+    assert call(f"ptq CKPT OUT {flag}") == 2
+    assert "add --sweep" in capsys.readouterr().err
+    assert not started
+
+
+def test_a_sweep_with_a_failure_is_one(started, monkeypatch, capsys, tmp_path):
+    runs = RESULTS["ptq_sweep"].runs | {"nvfp4": SweepRun(error="KeyError: [a] it is not there")}
+    monkeypatch.setitem(RESULTS, "ptq_sweep", replace(RESULTS["ptq_sweep"], runs=runs))
+    path = tmp_path / "sweep.json"
+    assert call(f"ptq CKPT OUT --sweep --json {path}") == 1
+    assert "nvfp4 failed: KeyError: [a] it is not there" in capsys.readouterr().out
+    written = json.loads(path.read_text())["runs"]
+    assert (written["nvfp4"]["result"], written["fp8"]["result"]["loss_after"]) == (None, 5.01)
+
+
+def test_a_quantisation_says_what_was_measured(capsys):
+    report.show(MEASURED)
+    output = capsys.readouterr().out
+    for text in (
+        "32 quantizers, blocks of 64",
+        "4.250 a quantised weight, 9.79 a parameter",
+        "64 samples, 8,192 tokens, 16.4 k tokens/s",
+        "median 31.6 dB, worst 30.0 dB: W",
+        "worst exact: W",
+        "logits difference 1.25e-06, tensors 28",
+    ):
+        assert text in output
+    report.show(replace(RESULTS["ptq"], bytes_after=None))
+    assert "bytes" not in capsys.readouterr().out
+
+
+def test_a_sweep_is_a_table(capsys):
+    report.show(RESULTS["ptq_sweep"])
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "unquantised 5.0000 16 4.68 MB" in lines
+    assert "fp8 5.0100 +0.0100 - 999 B - / - - / - - 2.5 s" in lines
+    assert "int4 64 5.0100 +0.0100 4.250 999 B 31.6 / 30.0 31.6 / - yes 2.5 s" in lines
+    unmeasured = replace(MEASURED, loss_before=None, loss_after=None, bytes_after=None)
+    report.show(replace(RESULTS["ptq_sweep"], loss_before=None, runs={"int4": SweepRun(result=unmeasured)}))
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "int4 64 - - 4.250 - 31.6 / 30.0 31.6 / - yes 2.5 s" in lines
 
 
 def test_pruning_by_limits_and_scores(started):
@@ -199,6 +287,7 @@ def test_reports_have_numbers_and_the_place(command, capsys):
     expected = {
         "train": ["7.6000 -> 6.5000", "knowing nothing: 7.6200", "2.5 k tokens/s", "1.12 M"],
         "ptq": ["fp8, 32 quantizers", "5.0000 -> 5.0100", "4.68 MB -> 999 B"],
+        "ptq_sweep": ["Quantised by 2 algorithms", "written to OUT"],
         "prune": ["5.0000 -> -", "2 B -> 1.12 M", "128 -> 64"],
         "distill": ["5.5000 -> 5.2000", "0.5000 -> 0.2000"],
         "import_ckpt": ["HF", "4.68 GB"],
