@@ -214,10 +214,10 @@ class _Search:
         """[in] mean over all rows of |w| / (largest |w| of its block)."""
         weight = self.linear.weight.detach()
         rows, columns = weight.shape
-        size = _block_size(self.linear.weight_quantizer, columns)
+        size = _block_size(self.linear.weight_quantizer) or columns
         blocks = torch.nn.functional.pad(weight.abs(), (0, -columns % size)).view(rows, -1, size)
         largest = blocks.amax(dim=2, keepdim=True)
-        if size == columns and self.is_row and self.tp_group is not None:
+        if self.is_row and self.tp_group is not None and not _block_size(self.linear.weight_quantizer):
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.tp_group)
         relative = blocks / (largest + torch.finfo(weight.dtype).tiny)
         total = relative.view(rows, -1)[:, :columns].sum(dim=0, dtype=torch.float32)
@@ -259,7 +259,7 @@ def _amax_beyond_blocks(quantizer: Any, weight: torch.Tensor) -> torch.Tensor | 
     return weight.abs().amax() if quantizer.axis is None else weight.abs().amax(dim=1, keepdim=True)
 
 
-def _block_size(quantizer: Any, columns: int) -> int:
-    """Weights of a row that share a scale; the whole row without blocks."""
+def _block_size(quantizer: Any) -> int | None:
+    """Weights of a row that share a scale; None where the whole row does."""
     sizes = quantizer.block_sizes
-    return columns if sizes is None else int(sizes[-1] if -1 in sizes else sizes[1])
+    return None if sizes is None else int(sizes[-1] if -1 in sizes else sizes[1])

@@ -11,7 +11,7 @@ from nemo_opt.quantize.awq import awq_alphas, awq_scale
 
 TOL = 1e-5
 """Relative, of scales; they are powers of means, which other layouts sum in another order (8e-7 seen)."""
-FORMATS = ("INT4_AWQ_CFG", "W4A8_AWQ_BETA_CFG", "FP8_DEFAULT_CFG", "INT8_DEFAULT_CFG")
+FORMATS = ("INT4_AWQ_CFG", "W4A8_AWQ_BETA_CFG", "NVFP4_AWQ_LITE_CFG", "FP8_DEFAULT_CFG", "INT8_DEFAULT_CFG")
 """With blocks, as AWQ is used; and with an amax of the tensor and of rows, which tensor parallel ranks share."""
 BLOCK = 8
 
@@ -25,7 +25,7 @@ def _quant_cfg(name):
 
     quant_cfg = copy.deepcopy(getattr(mtq, name))
     for cfg in weight_cfgs(quant_cfg):
-        if "block_sizes" in cfg:
+        if cfg.get("block_sizes", {}).get("type") == "static":  # NVFP4's are fixed
             cfg["block_sizes"][-1] = BLOCK
     return quant_cfg
 
@@ -34,7 +34,7 @@ def _build(topology, spec, moe=False):
     from nemo_opt.models.build import build_model
     from nemo_opt.testing.parity import TINY, TINY_MOE
 
-    chunks = build_model(TINY_MOE if moe else TINY.with_(num_layers=2), topology, spec=spec, seed=5)
+    chunks = build_model(TINY_MOE if moe else TINY.with_(num_layers=2, ffn_hidden_size=64), topology, spec=spec, seed=5)
     with torch.no_grad():  # activations whose channels differ, or every alpha is as good
         for name, weight in chunks[0].named_parameters():
             if "norm" in name and weight.dim() == 1:
