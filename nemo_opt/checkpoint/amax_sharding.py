@@ -19,15 +19,22 @@ import nemo_opt._stack
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from modelopt.torch.quantization.nn import TensorQuantizer
 from modelopt.torch.quantization.plugins import megatron as plugin
 
 from nemo_opt.errors import UpstreamMovedError
 
-__all__ = ["repair_amax_sharding"]
+__all__ = ["needs_no_amax", "repair_amax_sharding"]
 
 _AMAX = re.compile(r".*linear_fc1\.weight_quantizer\.(\d+\.)*_amax$")
 _EXPERT = re.compile(r"weight_quantizer\.\d+\.(\d+\.)*_amax$")
 _UPSTREAM_PATTERN = r"weight_quantizer\.(\d+\.)*_amax$"
+
+
+def needs_no_amax(quantizer: TensorQuantizer) -> bool:
+    """Whether block scales come from the data alone (MX formats), so that an amax of the tensor, if there is one, means nothing."""
+    sizes = quantizer.block_sizes
+    return sizes is not None and sizes.get("type") == "dynamic" and sizes.get("scale_bits") == (8, 0)
 
 
 def repair_amax_sharding() -> None:

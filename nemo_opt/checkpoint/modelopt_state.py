@@ -26,7 +26,7 @@ from modelopt.torch.quantization.model_calib import max_calibrate
 from modelopt.torch.quantization.nn import GroupedQuantizer, TensorQuantizer
 from torch.distributed.checkpoint.metadata import Metadata
 
-from nemo_opt.checkpoint.amax_sharding import repair_amax_sharding
+from nemo_opt.checkpoint.amax_sharding import needs_no_amax, repair_amax_sharding
 from nemo_opt.checkpoint.state import chunk_names, drop_absent, is_extra_state, model_state
 from nemo_opt.checkpoint.writer import write_sharded
 from nemo_opt.errors import CheckpointError
@@ -112,7 +112,7 @@ def _make_room_for_experts(module: Any) -> None:
     """Gives every expert of a grouped linear its amax buffer; upstream measures the first expert's weight and forgets the others'."""
     quantizers = getattr(module, "weight_quantizer", None)
     for index, quantizer in enumerate(quantizers if isinstance(quantizers, GroupedQuantizer) else ()):
-        if quantizer.is_enabled and quantizer.amax is None:
+        if quantizer.is_enabled and quantizer.amax is None and not needs_no_amax(quantizer):
             weight = getattr(module, f"weight{index}")
             max_calibrate(quantizer, lambda own, weight=weight: own(weight), distributed_sync=False)
 

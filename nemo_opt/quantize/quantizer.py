@@ -20,13 +20,14 @@ from megatron.core.models.gpt import GPTModel
 from modelopt.torch.quantization.nn import TensorQuantizer
 from modelopt.torch.quantization.utils import is_quantized
 
-from nemo_opt.checkpoint.amax_sharding import repair_amax_sharding
+from nemo_opt.checkpoint.amax_sharding import needs_no_amax, repair_amax_sharding
 from nemo_opt.checkpoint.save import save_checkpoint
 from nemo_opt.collective import on_each
 from nemo_opt.errors import ConfigError, DataError
 from nemo_opt.models.build import spec_of, unwrap
 from nemo_opt.models.sizes import model_config_of
 from nemo_opt.parallel import Topology, current_topology
+from nemo_opt.quantize.awq import calibrate_awq
 from nemo_opt.quantize.blocks import check_recipe_blocks
 from nemo_opt.quantize.config import ExportConfig, QuantizationConfig
 from nemo_opt.quantize.recipes import get_quant_cfg_choices, kv_format, localized, needs_data, quant_cfg_of
@@ -41,6 +42,7 @@ _log = logging.getLogger(__name__)
 QUANT_CFG_CHOICES = get_quant_cfg_choices()
 """ModelOpt's configuration by algorithm name; read only, the Quantizer works on copies."""
 
+_OUR_SEARCHES = ("smoothquant", "awq_lite")
 _GPT_MIN_FRACTION, _GPT_MAX_BOUND = 0.01, {"fp8": 448, "int8_sq": 127}  # NeMo's least amax of inputs, for decoders of type gpt
 
 
@@ -115,12 +117,16 @@ class Quantizer:
 
     def _calibrate(self, target: Any, quant_cfg: dict[str, Any], forward_loop: ForwardLoop | None) -> None:
         config, method = self.quantization_config, _method(quant_cfg)
-        if method == "smoothquant" and isinstance(target, GPTModel):
+        if method in _OUR_SEARCHES and isinstance(target, GPTModel):
             assert forward_loop is not None
             mtq.quantize(target, quant_cfg | {"algorithm": None})
-            smoothquant(target, forward_loop, alpha=_option(quant_cfg, "alpha", 1.0))
+            if method == "smoothquant":
+                smoothquant(target, forward_loop, alpha=_option(quant_cfg, "alpha", 1.0))
+            else:
+                calibrate_awq(target, forward_loop, alpha_step=_option(quant_cfg, "alpha_step", 0.1))
         else:
             mtq.quantize(target, quant_cfg, forward_loop)
+        _forget_unused(target)
         if config.decoder_type == "gpt" and config.algorithm in _GPT_MAX_BOUND:
             bound = _GPT_MIN_FRACTION * _GPT_MAX_BOUND[config.algorithm]
             mtq.postprocess_amax(target, "*input_quantizer", lambda amax: torch.clamp(amax, min=bound))
@@ -212,13 +218,14 @@ def _check_calibrated(model: Any) -> None:
 
 
 def _is_calibrated(quantizer: TensorQuantizer) -> bool:
-    if not quantizer.is_enabled or _needs_no_amax(quantizer):
+    if not quantizer.is_enabled or needs_no_amax(quantizer):
         return True
     amax = getattr(quantizer, "_amax", None)
     return amax is not None and bool(amax.isfinite().all())
 
 
-def _needs_no_amax(quantizer: TensorQuantizer) -> bool:
-    """Formats whose block scales come from the data alone (MX): no amax of the tensor enters them."""
-    sizes = quantizer.block_sizes
-    return sizes is not None and sizes.get("type") == "dynamic" and sizes.get("scale_bits") == (8, 0)
+def _forget_unused(model: Any) -> None:
+    """Removes amax that no one reads and that tensor parallel ranks do not agree on: calibrating the KV cache gives MX formats one."""
+    for module in model.modules() if isinstance(model, torch.nn.Module) else ():
+        if isinstance(module, TensorQuantizer) and needs_no_amax(module) and module.is_enabled:
+            module.reset_amax()

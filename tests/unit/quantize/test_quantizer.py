@@ -179,6 +179,17 @@ def test_smoothquant_is_ours_with_nemos_alpha(patched, te_model):
     assert patched.quantize.call_args.args[1]["algorithm"] is None
 
 
+def test_awq_is_ours_with_the_recipes_step(patched, te_model):
+    loop = MagicMock()
+    with patch(f"{HERE}.calibrate_awq") as awq:
+        Quantizer(QuantizationConfig(algorithm="int4_awq")).quantize(te_model.model, loop)
+        Quantizer(QuantizationConfig(algorithm="w4a8_awq", decoder_type="gemma")).quantize(te_model.model, loop)
+        Quantizer(QuantizationConfig(algorithm="w4a8_awq")).quantize(te_model.model, loop)
+    assert [call.kwargs["alpha_step"] for call in awq.call_args_list] == [0.1, 1.0, 0.1]
+    assert awq.call_args.args == (te_model.model, loop)
+    assert patched.quantize.call_args.args[1]["algorithm"] is None
+
+
 @pytest.mark.parametrize(("decoder_type", "algorithm", "least"), [("gpt", "fp8", 4.48), ("gpt", "int8_sq", 1.27)])
 def test_inputs_of_gpt_decoders_have_nemos_least_amax(patched, decoder_type, algorithm, least):
     with patch(f"{HERE}.mtq.postprocess_amax") as postprocess:
