@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from nemo_opt.api.measure import evaluate
     from nemo_opt.api.pretrain import train
     from nemo_opt.api.pruning import prune
-    from nemo_opt.api.ptq_sweep import ptq_sweep
     from nemo_opt.api.recipe import search_recipe
     from nemo_opt.api.results import (
         DistillResult,
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
         SweepRun,
         TrainResult,
     )
+    from nemo_opt.api.sweep import ptq_sweep
 
 __all__ = [
     "DistillResult",
@@ -67,7 +67,7 @@ __getattr__, __dir__, _ = lazy_loader.attach(
         "measure": ["evaluate"],
         "pretrain": ["train"],
         "pruning": ["prune"],
-        "ptq_sweep": ["ptq_sweep"],
+        "sweep": ["ptq_sweep"],
         "recipe": ["search_recipe"],
         "results": [
             "DistillResult",

@@ -1,5 +1,6 @@
 """Every function of the API on two ranks, in the order a user calls them: numbers, files, reload at other layouts."""
 
+import json
 import math
 from pathlib import Path
 
@@ -22,6 +23,9 @@ MODEL = ModelConfig(
 )
 TP2, PP2, DP2 = Topology(tp=2), Topology(pp=2), Topology()
 EVAL_BATCHES = 2
+CALIBRATION = QuantizationConfig(
+    calibration_dataset="builtin", calibration_dataset_size=8, calibration_batch_size=2, calibration_seq_len=32
+)
 
 
 def settings(root, *, mbs=2):
@@ -38,7 +42,20 @@ def everything(root):
     data, r = settings(root), {}
     path = {
         name: f"{root}/{name}"
-        for name in ("teacher", "resumed", "fp8", "pruned", "from scores", "searched", "dropped", "distilled", "hf", "again")
+        for name in (
+            "teacher",
+            "resumed",
+            "fp8",
+            "sweep",
+            "measured",
+            "pruned",
+            "from scores",
+            "searched",
+            "dropped",
+            "distilled",
+            "hf",
+            "again",
+        )
     }
     r["teacher"] = api.train(
         output=path["teacher"], model=MODEL, tokenizer=f"{root}/tokenizer", data=data, training=training(), topology=DP2, log_dir=root
@@ -55,12 +72,31 @@ def everything(root):
     r["eval"] = api.evaluate(path=path["teacher"], data=data, topology=TP2, eval_batches=EVAL_BATCHES)
     r["fp8"] = api.ptq(
         checkpoint=path["teacher"],
-        quantization=QuantizationConfig(
-            calibration_dataset="builtin", calibration_dataset_size=8, calibration_batch_size=2, calibration_seq_len=32
-        ),
+        quantization=CALIBRATION,
         export=ExportConfig(path=path["fp8"], export_format="nemo"),
         data=data,
         topology=TP2,
+        eval_batches=EVAL_BATCHES,
+        report=f"{root}/fp8.html",
+    )
+    r["sweep"] = api.ptq_sweep(
+        checkpoint=path["teacher"],
+        output=path["sweep"],
+        algorithms=["fp8", "int4", "mxfp8"],
+        quantization=CALIBRATION,
+        data=data,
+        topology=TP2,
+        eval_batches=EVAL_BATCHES,
+        report=f"{root}/sweep.html",
+    )
+    r["measured"] = api.ptq_sweep(
+        checkpoint=path["teacher"],
+        output=path["measured"],
+        algorithms=["fp8"],
+        quantization=CALIBRATION,
+        export_format=None,
+        data=data,
+        topology=PP2,
         eval_batches=EVAL_BATCHES,
     )
     r["fp8 again"] = api.evaluate(path=path["fp8"], data=data, topology=PP2, eval_batches=EVAL_BATCHES)
@@ -166,6 +202,43 @@ def test_ptq(results):
     # An activation that differs in its last bit may round to the neighbouring FP8 value.
     assert results["fp8 again"].loss == pytest.approx(fp8.loss_after, abs=1e-4)
     assert (fp8.bytes_before > 0, read_info(fp8).has_modelopt_state) == (True, True)
+
+
+def test_ptq_measures_what_is_lost(results, root):
+    fp8 = results["fp8"]
+    assert fp8.calibration["tokens"] == 8 * 32
+    assert len(fp8.quantizer_facts) == fp8.quantizers
+    assert 28 < fp8.sqnr["weights"]["worst"] <= fp8.sqnr["weights"]["median"] < 36, "three bits of mantissa: about 31.5 dB"
+    assert 28 < fp8.sqnr["activations"]["worst"] <= fp8.sqnr["activations"]["median"] < 36
+    assert fp8.quantizer_facts[fp8.sqnr["weights"]["worst_name"]]["sqnr_db"] == fp8.sqnr["weights"]["worst"]
+    assert 8 < fp8.bits_per_weight < 8.1
+    assert fp8.bits_per_weight < fp8.bits_per_parameter < 16
+    assert (root / "fp8.html").read_text().count("<svg") == 2
+
+
+def test_sweep(results, root):
+    sweep, fp8 = results["sweep"], results["fp8"]
+    assert list(sweep.runs) == ["fp8", "int4", "mxfp8"]
+    assert sweep.failed == ["mxfp8"]
+    assert "blocks of 32 do not divide the 16 inputs of linear_proj at tp 2" in sweep.runs["mxfp8"].error
+    assert sweep.loss_before == fp8.loss_before
+    for run in (sweep.runs["fp8"].result, results["measured"].runs["fp8"].result):
+        assert run.loss_after == pytest.approx(fp8.loss_after, abs=1e-4)  # as above, at another layout
+        assert run.sqnr["weights"] == pytest.approx(fp8.sqnr["weights"], abs=1e-6)
+        assert run.bits_per_weight == fp8.bits_per_weight
+    int4 = sweep.runs["int4"].result
+    assert (int4.block, int4.bits_per_weight) == ("16", 5.0), "a block of 128 was reduced to what fits"
+    assert read_info(int4).has_modelopt_state
+    assert int4.path == str(root / "sweep" / "int4")
+    assert int4.time_s < sweep.time_s
+    measured = results["measured"].runs["fp8"].result
+    assert (measured.bytes_after, measured.export_format, measured.path) == (None, "none", results["teacher"].path)
+    assert [file.name for file in (root / "measured").iterdir()] == ["sweep.json"]
+    written = json.loads((root / "sweep" / "sweep.json").read_text())
+    assert written["runs"]["int4"]["result"]["loss_after"] == int4.loss_after
+    text = (root / "sweep.html").read_text()
+    assert text.count("<svg") == 2 + 2 * 2
+    assert "failed: blocks of 32" in text
 
 
 def test_prune(results):

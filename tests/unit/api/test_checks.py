@@ -67,6 +67,11 @@ def ptq(place, **changes):
     checks.check_ptq(**(values | changes))
 
 
+def sweep(place, **changes):
+    values = {"checkpoint": str(place / "ckpt"), "output": str(place / "out"), "quantization": QUANTIZATION, "data": data(place), **ONE}
+    checks.check_ptq_sweep(**({"algorithms": ["fp8", "int4"]} | values | changes))
+
+
 def prune(place, **changes):
     pruning = PruningConfig(target_hidden_size=16)
     values = {"checkpoint": str(place / "ckpt"), "output": str(place / "out"), "pruning": pruning, "data": data(place), **ONE}
@@ -88,12 +93,12 @@ def evaluate(place, **changes):
     checks.check_evaluate(**({"path": str(place / "ckpt"), "data": data(place), **ONE} | changes))
 
 
-@pytest.mark.parametrize("check", [ptq, prune, distill, train, evaluate])
+@pytest.mark.parametrize("check", [ptq, sweep, prune, distill, train, evaluate])
 def test_good_settings_pass(place, check):
     check(place)
 
 
-@pytest.mark.parametrize("check", [ptq, prune, distill, train, evaluate])
+@pytest.mark.parametrize("check", [ptq, sweep, prune, distill, train, evaluate])
 def test_layouts_and_data(place, check):
     with pytest.raises(ConfigError, match=r"world_size 3|!= 3 ranks"):
         check(place, topology=Topology(pp=2), world_size=3)
@@ -105,7 +110,8 @@ def test_layouts_and_data(place, check):
 
 
 @pytest.mark.parametrize(
-    ("check", "name"), [(ptq, "checkpoint"), (prune, "checkpoint"), (distill, "student"), (distill, "teacher"), (train, "checkpoint")]
+    ("check", "name"),
+    [(ptq, "checkpoint"), (sweep, "checkpoint"), (prune, "checkpoint"), (distill, "student"), (distill, "teacher"), (train, "checkpoint")],
 )
 def test_checkpoints(place, check, name):
     with pytest.raises(CheckpointError, match="does not exist"):
@@ -117,7 +123,7 @@ def test_checkpoints(place, check, name):
         check(place, **{name: str(hf)})
 
 
-@pytest.mark.parametrize("check", [ptq, prune, distill, train])
+@pytest.mark.parametrize("check", [ptq, sweep, prune, distill, train])
 def test_outputs(place, check):
     output = place / "out"
     output.mkdir()
@@ -133,7 +139,7 @@ def test_output_file(place):
         checks.check_output(place / "text.txt", overwrite=True)
 
 
-@pytest.mark.parametrize("check", [ptq, prune, distill, train, evaluate])
+@pytest.mark.parametrize("check", [ptq, sweep, prune, distill, train, evaluate])
 def test_tokenizers(place, check, tokenizers):
     with pytest.raises(ConfigError, match=r"320 tokens.*vocabulary of 300"):
         check(place, tokenizer=str(tokenizers / "320"))
@@ -144,19 +150,42 @@ def test_tokenizers(place, check, tokenizers):
     check(place, **bare, tokenizer=str(tokenizers / "300"))
 
 
+@pytest.mark.parametrize("check", [ptq, sweep])
+def test_quantisation(place, check):
+    with pytest.raises(ConfigError, match="already quantised"):
+        check(place, checkpoint=make(place / "fp8", has_modelopt_state=True))
+    with pytest.raises(ConfigError, match="calibration_seq_len 16"):
+        check(place, quantization=replace(QUANTIZATION, calibration_seq_len=16))
+    with pytest.raises(ConfigError, match="vp 2"):
+        check(place, topology=Topology(pp=2, vp=2), world_size=2)
+    with pytest.raises(ConfigError, match="eval_batches -1"):
+        check(place, eval_batches=-1)
+    with pytest.raises(ConfigError, match=r"report .* the directory .*/missing does not exist"):
+        check(place, report=str(place / "missing" / "page.html"))
+    check(place, report=str(place / "page.html"))
+
+
 def test_ptq(place):
     with pytest.raises(ConfigError, match="'hf' is not supported yet"):
         ptq(place, export=ExportConfig(path=place / "out", export_format="hf"))
-    with pytest.raises(ConfigError, match="already quantised"):
-        ptq(place, checkpoint=make(place / "fp8", has_modelopt_state=True))
-    with pytest.raises(ConfigError, match="calibration_seq_len 16"):
-        ptq(place, quantization=replace(QUANTIZATION, calibration_seq_len=16))
-    with pytest.raises(ConfigError, match="calibration_dataset_size 8 < micro-batch size 8 \\* dp 2"):
-        ptq(place, quantization=replace(QUANTIZATION, calibration_batch_size=8), world_size=2)
-    with pytest.raises(ConfigError, match="vp 2"):
-        ptq(place, topology=Topology(pp=2, vp=2), world_size=2)
-    with pytest.raises(ConfigError, match="eval_batches -1"):
-        ptq(place, eval_batches=-1)
+    with pytest.raises(ConfigError, match="blocks of 128 do not divide the 32 inputs of linear_qkv"):
+        ptq(place, quantization=replace(QUANTIZATION, algorithm="int4"))
+
+
+def test_sweep(place):
+    sweep(place, export_format=None)
+    sweep(place, algorithms=["int4", "block_fp8"])  # blocks are reduced to what fits
+    (place / "mixed.yaml").touch()
+    assert checks.sweep_name(str(place / "mixed.yaml")) == "mixed"
+    assert checks.sweep_name("FP8_KV_CFG") == "FP8_KV_CFG"
+    sweep(place, algorithms=[str(place / "mixed.yaml"), "fp8"])
+    with pytest.raises(ConfigError, match="Unsupported export format 'gguf'"):
+        sweep(place, export_format="gguf")
+    for algorithms in ([], ["fp8", "fp8"]):
+        with pytest.raises(ConfigError, match="give at least one, and none twice"):
+            sweep(place, algorithms=algorithms)
+    with pytest.raises(ConfigError, match="Unsupported quantization algorithm 'int3'"):
+        sweep(place, algorithms=["fp8", "int3"])
 
 
 def test_prune(place):
