@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
+from nemo_opt.device import local_device
 from nemo_opt.errors import ConfigError
 
 __all__ = ["GATE_SUFFIX", "UP_SUFFIX", "Shard", "full_tensors", "gather_full", "parameter_shards", "quantizer_shards"]
@@ -151,8 +152,8 @@ def _assemble(key: str, plan: _Plan, mine: dict[tuple[str, tuple[int, ...]], Sha
 
 
 def _wire_device(mine: dict[Any, Shard]) -> torch.device:
-    """Where messages must lie: where the model lies."""
-    return next(iter(mine.values())).tensor.device
+    """Where messages must lie: where the model lies, even if this rank holds nothing of these shards."""
+    return next(iter(mine.values())).tensor.device if mine else local_device()
 
 
 def _unwrapped(chunk: Any) -> Any:
