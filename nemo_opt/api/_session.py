@@ -15,9 +15,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from nemo_opt.data.batches import batches
+from nemo_opt.data.calibration import Packing, calibration_batches
 from nemo_opt.data.config import DataConfig
 from nemo_opt.data.datasets import Dataset, build_datasets
-from nemo_opt.data.tokenizer import load_tokenizer
+from nemo_opt.data.documents import training_documents
+from nemo_opt.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_opt.device import choose_device
 from nemo_opt.models.build import spec_of
 from nemo_opt.models.config import ModelConfig
@@ -68,6 +70,8 @@ class Feed:
 
     config: DataConfig
     """How samples are cut into batches."""
+    tokenizer: Tokenizer
+    """The model's."""
     train: Dataset
     """Training samples."""
     valid: Dataset | None
@@ -93,6 +97,21 @@ class Feed:
         step = micro_batch_size * parallel_state.get_data_parallel_world_size()
         return list(islice(self._batches(self.train, micro_batch_size), max(samples // step, 1)))
 
+    def calibration_batches(self, samples: int, micro_batch_size: int, packing: Packing = "pack") -> list[Any]:
+        """Up to `samples` rows of whole training documents (over all ranks) as micro-batches; mock data gives its samples."""
+        if self.config.mock:
+            return self.some_train_batches(samples, micro_batch_size)
+        return calibration_batches(
+            training_documents(self.config, self.tokenizer),
+            self.tokenizer,
+            seq_length=self.config.seq_length,
+            num_samples=samples,
+            micro_batch_size=micro_batch_size,
+            packing=packing,
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=parallel_state.get_data_parallel_world_size(),
+        )
+
     def valid_batches(self) -> Iterable[Any]:
         """Validation micro-batches from the first one."""
         assert self.valid is not None, "the feed was opened without validation batches"
@@ -106,8 +125,9 @@ class Feed:
 def open_feed(config: DataConfig, tokenizer: str | Path, *, train_samples: int = 1, eval_batches: int, spare_batches: int = 0) -> Feed:
     """Datasets of `train_samples` samples, and of the larger of `eval_batches` and `spare_batches` micro-batches for every rank."""
     valid_samples = max(eval_batches, spare_batches) * config.micro_batch_size * parallel_state.get_data_parallel_world_size()
-    train, valid = build_datasets(config, load_tokenizer(tokenizer), max(train_samples, 1), valid_samples)
-    return Feed(config=config, train=train, valid=valid, eval_batches=eval_batches)
+    loaded = load_tokenizer(tokenizer)
+    train, valid = build_datasets(config, loaded, max(train_samples, 1), valid_samples)
+    return Feed(config=config, tokenizer=loaded, train=train, valid=valid, eval_batches=eval_batches)
 
 
 def count_parameters(chunks: list[Any]) -> int:

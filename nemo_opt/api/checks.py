@@ -248,8 +248,6 @@ def _check_quantisation(
         raise ConfigError(
             f"seq_length {data.seq_length} of the data != calibration_seq_len {quantization.calibration_seq_len}: use one value"
         )
-    size = quantization.calibration_dataset_size
-    _check_samples("calibration_dataset_size", size, quantization.calibration_batch_size, resolved)
     _check_data(data, eval_batches)
     return info.model, resolved
 

@@ -1,6 +1,6 @@
 """ptq(): from a checkpoint to a quantised one: losses before and after on the same batches, what each quantizer loses, and a report.
 
-`quantize_and_export` does the work on a model that is loaded; `nemo_opt.api.ptq_sweep` calls it once for each algorithm. Activations are
+`quantize_and_export` does the work on a model that is loaded; `nemo_opt.api.sweep` calls it once for each algorithm. Activations are
 measured while the loss after is, on held-out batches without padding: no pass over the data is added.
 """
 
@@ -113,7 +113,8 @@ def quantize_and_export(source: Source, chunks: list[Any], quantizer: Quantizer,
 
     """
     config = quantizer.quantization_config
-    loop = calibration_loop(source.feed.some_train_batches(config.calibration_dataset_size, config.calibration_batch_size))
+    samples, micro_batch_size = config.calibration_dataset_size, config.calibration_batch_size
+    loop = calibration_loop(source.feed.calibration_batches(samples, micro_batch_size, config.calibration_packing))
     quantizer.quantize(chunks, loop)
     watch: AbstractContextManager[ActivationMeter | None] = measure_activations(chunks) if source.feed.eval_batches else nullcontext()
     with watch as meter:

@@ -33,7 +33,7 @@ from nemo_opt.data.sources import DataSource, read_index_header
 from nemo_opt.data.tokenizer import Tokenizer
 from nemo_opt.errors import ConfigError, DataError
 
-__all__ = ["Dataset", "build_datasets"]
+__all__ = ["Dataset", "build_datasets", "indexed_sources"]
 
 type Dataset = torch.utils.data.Dataset[dict[str, torch.Tensor]]
 """One sample has tokens, labels, loss_mask and position_ids of shape [S]."""
@@ -49,9 +49,7 @@ def build_datasets(config: DataConfig, tokenizer: Tokenizer, train_samples: int,
     _check_samples(config, train_samples, valid_samples)
     if config.mock:
         return _build(MockGPTDataset, _megatron_config(config, tokenizer, None, None), train_samples, valid_samples)
-    on_first(config.check)
-    sources = [_indexed(source, tokenizer, config) for source in config.sources]
-    on_first(lambda: _check_contents(sources, config, tokenizer, valid_samples))
+    sources = _checked_sources(config, tokenizer, valid_samples)
     blend = _blend(sources)
     final = config.cache_dir / "indices" / _fingerprint(config, tokenizer, sources, train_samples, valid_samples)
     cache = on_first(lambda: final if final.is_dir() else _directory_beside(final))
@@ -60,6 +58,23 @@ def build_datasets(config: DataConfig, tokenizer: Tokenizer, train_samples: int,
         torch.distributed.barrier()  # the other ranks open the files that rank 0 built; only then may their directory be renamed
     on_first(lambda: _publish(cache, final))
     return datasets
+
+
+def indexed_sources(config: DataConfig, tokenizer: Tokenizer) -> tuple[list[DataSource], list[float]]:
+    """The .bin/.idx pairs of a configuration, text tokenised into the cache, and their weights; collective.
+
+    Raises:
+        DataError: as `build_datasets`.
+    """
+    sources = _checked_sources(config, tokenizer, 0)
+    return sources, _blend(sources)[1] or [1.0]
+
+
+def _checked_sources(config: DataConfig, tokenizer: Tokenizer, valid_samples: int) -> list[DataSource]:
+    on_first(config.check)
+    sources = [_indexed(source, tokenizer, config) for source in config.sources]
+    on_first(lambda: _check_contents(sources, config, tokenizer, valid_samples))
+    return sources
 
 
 def _check_samples(config: DataConfig, train_samples: int, valid_samples: int) -> None:

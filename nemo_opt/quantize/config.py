@@ -7,7 +7,7 @@ keys are translated by `_FIRST_GENERATION`. No setting is silently ignored. `rec
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from nemo_opt.errors import ConfigError
 
@@ -94,6 +94,8 @@ class QuantizationConfig(_FromAny):
     """Samples of one micro-batch."""
     calibration_seq_len: int = 128
     """Tokens of one sample."""
+    calibration_packing: Literal["pack", "pad"] = "pack"
+    """Rows full of documents that do not attend to each other, or one document a row with padding that no statistic counts."""
     decoder_type: str | None = None
     """Kind of decoder, which the first generation kept here."""
 
@@ -109,6 +111,8 @@ class QuantizationConfig(_FromAny):
             raise ConfigError(f"enable_kv_cache must be True, False or None, got {self.enable_kv_cache!r}")
         if self.kv_cache_qformat not in (None, *_KV_FORMATS):
             raise ConfigError(f"Unsupported kv cache quantization format {self.kv_cache_qformat!r}; known are {list(_KV_FORMATS)}")
+        if self.calibration_packing not in ("pack", "pad"):
+            raise ConfigError(f"calibration_packing must be 'pack' or 'pad', got {self.calibration_packing!r}")
         _check_bool("weight_only", self.weight_only)
         object.__setattr__(self, "fp8_block_shape", _pair_of_sizes("fp8_block_shape", self.fp8_block_shape))
 

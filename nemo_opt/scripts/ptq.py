@@ -67,6 +67,12 @@ def parser() -> argparse.ArgumentParser:
         default=None,
         help="builtin, a .jsonl, a .txt or a Megatron prefix (NeMo's default would be downloaded)",
     )
+    p.add_argument(
+        "--calibration_packing",
+        default="pack",
+        choices=["pack", "pad"],
+        help="Rows full of documents that do not attend to each other, or one document a row, its padding counted nowhere",
+    )
     p.add_argument("--generate_sample", action="store_true", help="Generate a sample after quantising")
     p.add_argument("--trust_remote_code", action="store_true", help="Refused: no code of a checkpoint is ever run")
     p.add_argument(
@@ -135,6 +141,7 @@ def _quantization(options: argparse.Namespace) -> QuantizationConfig:
         calibration_dataset_size=options.calibration_dataset_size,
         calibration_batch_size=options.batch_size,
         calibration_seq_len=options.seq_len,
+        calibration_packing=options.calibration_packing,
         decoder_type=options.decoder_type,
     )
 

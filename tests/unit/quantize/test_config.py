@@ -47,6 +47,7 @@ def test_recipes_are_files_that_exist(tmp_path):
         ("sq_alpha", -0.01),
         ("enable_kv_cache", "yes"),
         ("weight_only", 1),
+        ("calibration_packing", "stretch"),
         ("fp8_block_shape", 128),
         ("fp8_block_shape", (128,)),
         ("fp8_block_shape", (128, 0)),
