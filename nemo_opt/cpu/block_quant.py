@@ -105,10 +105,11 @@ def nvfp4(inputs: torch.Tensor, amax: torch.Tensor | None = None, block_size: in
     amax = inputs.detach().abs() if amax is None else amax
     amax = amax.amax().float() if amax.numel() else inputs.new_zeros((), dtype=torch.float32)
     tensor_scale = amax / (element.maximum * E4M3.maximum)
+    unit = (element.maximum * tensor_scale).masked_fill(tensor_scale == 0, math.inf)
 
     def quantize(values: torch.Tensor, scratch: torch.Tensor, rows: slice) -> torch.Tensor:
         maxima = _block_maxima(values, scratch)
-        scale = _e4m3_scale(maxima, element.maximum * tensor_scale).mul_(tensor_scale)
+        scale = round_(saturate_(maxima / unit, E4M3), E4M3).mul_(tensor_scale)
         return _round_scaled(values, scale.masked_fill_(not_finite(maxima), math.nan), element, scratch)
 
     return _by_blocks(inputs, block_size, quantize)
@@ -142,11 +143,12 @@ def nvfp4_static(
     if not blocks or inputs.numel() % blocks:
         raise ValueError(f"{inputs.numel()} values do not divide into the {blocks} blocks that have an amax")
     amax = amax.reshape(blocks, 1).float()
-    if quantize_block_scales:
-        tensor_scale = (amax.amax() if global_amax is None else global_amax.amax().float()) / (E2M1.maximum * scale_maximum)
-        scales = _e4m3_scale(amax, E2M1.maximum * tensor_scale).mul_(tensor_scale)
-    else:
-        scales = amax / E2M1.maximum
+    scales = amax / E2M1.maximum
+    if quantize_block_scales:  # in the order of ModelOpt's exporter, so that it writes the same scales
+        global_amax = amax.amax() if global_amax is None else global_amax.amax().float()
+        largest = (global_amax / E2M1.maximum).masked_fill(global_amax == 0, math.inf)
+        codes = round_(saturate_(scales * scale_maximum / largest, E4M3), E4M3)
+        scales = codes * (global_amax / (E2M1.maximum * scale_maximum))
     flat = inputs.reshape(blocks, inputs.numel() // blocks)
 
     def quantize(values: torch.Tensor, scratch: torch.Tensor, rows: slice) -> torch.Tensor:
@@ -236,11 +238,6 @@ def _by_pieces(source: torch.Tensor, quantize: _Quantize, out_dtype: torch.dtype
 def _block_maxima(values: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
     """The largest magnitudes of the rows, [rows, 1]: compared as integers, which is faster and puts NaN above infinity."""
     return torch.bitwise_and(values.view(torch.int32), 0x7FFFFFFF, out=scratch).amax(-1, keepdim=True).view(torch.float32)
-
-
-def _e4m3_scale(maxima: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
-    """Maxima / unit as E4M3, saturated; 0 where the unit is 0."""
-    return round_(saturate_(maxima / unit.masked_fill(unit == 0, math.inf), E4M3), E4M3)
 
 
 def _round_scaled(values: torch.Tensor, scale: torch.Tensor, element: ElementFormat, scratch: torch.Tensor) -> torch.Tensor:

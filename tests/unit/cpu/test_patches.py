@@ -91,6 +91,23 @@ def test_retargeting_exchanges_constants_and_names_in_nested_code_and_held_refer
     assert kind(Tensor) == (True, True, "Float")
 
 
+def test_rewritten_function_is_changed_for_those_who_hold_it_too(upstream):
+    held = importlib.import_module(upstream).double
+
+    @patches.rewrite(f"{upstream}:double", reason="test")
+    def double(size):
+        return functools.reduce(int.__add__, [size] * 3)  # noqa: F821 (the target's globals)
+
+    patches.install()
+    assert held(2) == 6
+
+
+def test_rewriting_refuses_what_cannot_work(upstream):
+    around = 3
+    with pytest.raises(ValueError, match=r"refers to \('around',\)"):
+        patches.rewrite(f"{upstream}:double", reason="test")(lambda size: size * around)
+
+
 def test_retargeting_looks_through_decorators(upstream):
     patches.retarget(f"{upstream}:wrapped", reason="test", names={"is_cuda": "is_cpu"})
     patches.install()
@@ -108,6 +125,8 @@ def test_retargeting_looks_through_decorators(upstream):
             r"no longer mentions \['xpu'\].*the cause",
         ),
         (lambda site: patches.retarget(f"{site}:Holder", reason="test", names={"a": "b"}), r":Holder is no Python function"),
+        (lambda site: patches.rewrite(f"{site}:double", reason="test")(lambda n: n), r":double now takes \('size',\)"),
+        (lambda site: patches.rewrite(f"{site}:Holder", reason="test")(lambda: None), r":Holder is no plain Python function"),
     ],
 )
 def test_moved_target_is_named_when_its_module_is_loaded(upstream, register, message):
