@@ -213,3 +213,11 @@ class EvalResult(Result):
     """Nats a token."""
     tokens: int
     """Tokens it was measured on."""
+    bytes: int | None = None
+    """Bytes of a Hugging Face directory."""
+    formats: dict[str, int] = field(default_factory=dict)
+    """Linears of each format, of a quantised Hugging Face directory."""
+    bits_per_weight: float | None = None
+    """Bits in its files for a quantised weight, scales included."""
+    bits_per_parameter: float | None = None
+    """Bits in its files for any parameter."""

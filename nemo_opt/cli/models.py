@@ -388,7 +388,7 @@ def evaluate(
     *,
     layout: Layout,
 ) -> None:
-    """Measure the validation loss of a checkpoint, or of a Hugging Face directory by transformers.
+    """Measure the validation loss of a checkpoint, or of a Hugging Face directory, quantised or not, as an engine would run it.
 
     Example: `nemo-opt eval ./teacher-fp8 --pp 2`
     """

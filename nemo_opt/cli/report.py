@@ -20,6 +20,7 @@ from nemo_opt.api.results import (
     SweepResult,
     TrainResult,
 )
+from nemo_opt.quantize.report import proof_text
 
 __all__ = ["format_bytes", "format_count", "format_db", "format_loss", "show"]
 
@@ -105,11 +106,7 @@ def _quantisation_rows(result: PtqResult) -> Iterable[tuple[str, str]]:
     if result.bytes_after is not None:
         yield "bytes", _arrow(format_bytes(result.bytes_before), format_bytes(result.bytes_after))
     if result.proof is not None:
-        yield "export proven", ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in result.proof.items())
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+        yield "export proven", proof_text(result.proof)
 
 
 def _sweep_table(result: SweepResult) -> Table:
@@ -132,7 +129,7 @@ def _sweep_cells(result: PtqResult) -> list[str]:
     return [
         result.block,
         format_loss(result.loss_after),
-        f"{losses[1] - losses[0]:+.4f}" if losses[0] is not None and losses[1] is not None else "-",
+        f"{losses[1] - losses[0]:+.5f}" if losses[0] is not None and losses[1] is not None else "-",
         "-" if result.bits_per_weight is None else f"{result.bits_per_weight:.3f}",
         "-" if result.bytes_after is None else format_bytes(result.bytes_after),
         *(" / ".join(_bare_db(found.get(key)) for key in ("median", "worst")) for found in ratios),
@@ -174,6 +171,11 @@ def _rows(result: Result) -> Iterable[tuple[str, str]]:
             yield "bytes", format_bytes(result.bytes_after)
         case EvalResult():
             yield "validation loss", f"{result.loss:.4f} over {result.tokens} tokens"
+            if result.bits_per_weight is not None:
+                yield "linears", ", ".join(f"{count} {name}" for name, count in result.formats.items())
+                yield "bits", f"{result.bits_per_weight:.3f} a quantised weight, {result.bits_per_parameter:.2f} a parameter"
+            if result.bytes is not None:
+                yield "bytes", format_bytes(result.bytes)
 
 
 def show(result: Result) -> None:

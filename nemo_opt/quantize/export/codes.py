@@ -19,9 +19,8 @@ from nemo_opt.quantize.export.formats import Kind, LinearFormat
 
 __all__ = ["Codes", "code_weight", "fp8_scale", "int_scale"]
 
-_E4M3_MAX, _E2M1_MAX, _SMALLEST_AMAX = 448.0, 6.0, 2.0**-24
+_E4M3_MAX, _E4M3_FRACTION, _E2M1_MAX, _SMALLEST_AMAX = 448.0, 0.875, 6.0, 2.0**-24
 _E2M1_EDGES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
-_SMALLEST_NVFP4_SCALE = 1e-5  # ModelOpt's kernel rounds blocks below it to zero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +95,10 @@ def _integer(weight: torch.Tensor, amax: torch.Tensor, bound: int) -> torch.Tens
 def _nvfp4(weight: torch.Tensor, amax: torch.Tensor) -> Codes:
     blocks = weight.unflatten(1, (-1, 16))
     scale_2 = amax.float() / (_E2M1_MAX * _E4M3_MAX)
-    scale_2 = torch.where(scale_2 > 0, scale_2, 1e-12)
-    scale = (blocks.abs().amax(dim=2) / (_E2M1_MAX * scale_2)).clamp(max=_E4M3_MAX).to(torch.float8_e4m3fn)
+    unit = _E2M1_MAX * scale_2
+    scale = (blocks.abs().amax(dim=2) / torch.where(unit > 0, unit, torch.inf)).clamp(max=_E4M3_MAX).to(torch.float8_e4m3fn)
     step = (scale.float() * scale_2).unsqueeze(2)
-    step = torch.where(step >= _SMALLEST_NVFP4_SCALE, step, 1.0)
-    return Codes(values=_e2m1(blocks / step).flatten(1), scale=scale, scale_2=scale_2)
+    return Codes(values=_e2m1(blocks / torch.where(step > 0, step, torch.inf)).flatten(1), scale=scale, scale_2=scale_2)
 
 
 def _e2m1(values: torch.Tensor) -> torch.Tensor:
@@ -114,7 +112,8 @@ def _e2m1(values: torch.Tensor) -> torch.Tensor:
 
 def _mxfp8(weight: torch.Tensor) -> Codes:
     blocks = weight.unflatten(1, (-1, 32))
-    amax = blocks.abs().amax(dim=2, keepdim=True)
-    exponent = torch.where(amax > 0, (amax / _E4M3_MAX).log2().ceil(), -127.0).clamp(-127, 127)
-    values = (blocks / torch.exp2(exponent)).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
+    fraction, exponent = torch.frexp(blocks.abs().amax(dim=2, keepdim=True))
+    # the smallest power of two by which the largest value is at most 448 = 0.875 * 2^9
+    exponent = torch.where(fraction > 0, exponent - 9 + (fraction > _E4M3_FRACTION), -127).clamp(-127, 127)
+    values = torch.ldexp(blocks, -exponent).to(torch.float8_e4m3fn)
     return Codes(values=values.flatten(1), scale=(exponent.squeeze(2) + 127).to(torch.uint8))

@@ -56,8 +56,8 @@ def _nvfp4(values: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
 
 def _mxfp8(values: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:  # noqa: ARG001
     blocks = values.unflatten(-1, (-1, 32))
-    exponent = (_largest(blocks) / _E4M3_MAX).log2().ceil().clamp(-127, 127)
-    power = torch.exp2(exponent)
+    power = torch.exp2((_largest(blocks).log2().floor() - 8.0).clamp(-127, 127))
+    power = torch.where(_largest(blocks) > _E4M3_MAX * power, 2.0 * power, power)
     return (_e4m3(blocks / power) * power).flatten(-2)
 
 
