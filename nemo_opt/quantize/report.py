@@ -14,7 +14,7 @@ from typing import Any
 from nemo_opt import pages
 from nemo_opt.pages import COLOURS
 
-__all__ = ["Line", "lines_of", "write_report", "write_sweep_report"]
+__all__ = ["Line", "lines_of", "proof_text", "write_report", "write_sweep_report"]
 
 _WIDTH = 5.6
 """Inches of a drawing: shrunk to a phone's 358 pixels its text is still readable, and nothing is off the screen."""
@@ -70,6 +70,21 @@ def lines_of(facts: Mapping[str, Mapping[str, float | None]], key: str, choose: 
     return [Line(part=p, kind=k, layers=sorted(found[p, k]), values=[found[p, k][n] for n in sorted(found[p, k])]) for p, k in names]
 
 
+def proof_text(proof: Mapping[str, Any]) -> str:
+    """What a proof has found, each error beside its bound: "logit error 1.2e-06 (bound 1e-05)"."""
+    found = []
+    for name, value in proof.items():
+        bound = proof.get(f"{name.rpartition('_')[0]}_bound")
+        if not name.endswith("_bound"):
+            limit = "" if bound is None else f" (bound {_short(bound)})"
+            found.append(f"{name.replace('_', ' ')} {_short(value)}{limit}")
+    return ", ".join(found)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
 def write_report(path: Path, result: dict[str, Any]) -> None:
     """Writes the page of one quantisation, on the rank that calls it.
 
@@ -78,7 +93,8 @@ def write_report(path: Path, result: dict[str, Any]) -> None:
         result: `PtqResult.to_dict()`.
 
     """
-    pages.write_page("ptq.html.j2", path, result=result, details=_details(result))
+    proof = None if result["proof"] is None else proof_text(result["proof"])
+    pages.write_page("ptq.html.j2", path, result=result, proof=proof, details=_details(result))
 
 
 def write_sweep_report(path: Path, sweep: dict[str, Any]) -> None:
@@ -163,7 +179,7 @@ def _draw_changes(results: Mapping[str, dict[str, Any]]) -> str:
         plot.axvline(0, color=COLOURS["text"], linewidth=0.8)
         for place, name in enumerate(names):
             beside: Any = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 8, "color": COLOURS["soft"]}
-            plot.annotate(f"{changes[name]:+.4f}", (max(changes[name], 0.0), place), **beside)
+            plot.annotate(f"{changes[name]:+.5f}", (max(changes[name], 0.0), place), **beside)
         plot.margins(x=0.18)
         plot.set_xlabel("change of the validation loss, nats a token; fewest bits first")
 

@@ -74,7 +74,7 @@ MEASURED = replace(
     bits_per_parameter=9.79,
     calibration={"samples": 64, "tokens": 8192, "tokens_per_s": 16384.0},
     sqnr={kind: {"median": 31.62, "worst": worst, "worst_name": "W"} for kind, worst in (("weights", 30.04), ("activations", None))},
-    proof={"logits_difference": 1.25e-6, "tensors": 28},
+    proof={"logit_error": 1.25e-6, "logit_bound": 1e-5},
 )
 SWEEP = {"checkpoint": "CKPT", "loss_before": 5.0, "bytes_before": 4_680_000}
 RESULTS["ptq_sweep"] = SweepResult(**FACTS, **SWEEP, runs={"fp8": SweepRun(result=RESULTS["ptq"]), "int4": SweepRun(result=MEASURED)})
@@ -188,7 +188,7 @@ def test_a_quantisation_says_what_was_measured(capsys):
         "64 samples, 8,192 tokens, 16.4 k tokens/s",
         "median 31.6 dB, worst 30.0 dB: W",
         "worst exact: W",
-        "logits difference 1.25e-06, tensors 28",
+        "logit error 1.25e-06 (bound 1e-05)",
     ):
         assert text in output
     report.show(replace(RESULTS["ptq"], bytes_after=None))
@@ -199,8 +199,8 @@ def test_a_sweep_is_a_table(capsys):
     report.show(RESULTS["ptq_sweep"])
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "unquantised 5.0000 16 4.68 MB" in lines
-    assert "fp8 5.0100 +0.0100 - 999 B - / - - / - - 2.5 s" in lines
-    assert "int4 64 5.0100 +0.0100 4.250 999 B 31.6 / 30.0 31.6 / - yes 2.5 s" in lines
+    assert "fp8 5.0100 +0.01000 - 999 B - / - - / - - 2.5 s" in lines
+    assert "int4 64 5.0100 +0.01000 4.250 999 B 31.6 / 30.0 31.6 / - yes 2.5 s" in lines
     unmeasured = replace(MEASURED, loss_before=None, loss_after=None, bytes_after=None)
     report.show(replace(RESULTS["ptq_sweep"], loss_before=None, runs={"int4": SweepRun(result=unmeasured)}))
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]

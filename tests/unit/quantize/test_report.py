@@ -9,7 +9,7 @@ from matplotlib.colors import same_color
 from matplotlib.figure import Figure
 
 from nemo_opt.pages import COLOURS
-from nemo_opt.quantize.report import Line, lines_of, write_report, write_sweep_report
+from nemo_opt.quantize.report import Line, lines_of, proof_text, write_report, write_sweep_report
 
 LAYER = "decoder.layers.{}."
 FACTS = {
@@ -77,6 +77,11 @@ def test_the_worst_expert_stands_for_its_layer():
     assert lines_of(facts, "amax", max)[0].values == [30.0]
 
 
+def test_a_proof_is_said_with_its_bounds():
+    proof = {"tokens": 2048, "logit_error": 1.234e-6, "loss_difference": 0.0, "logit_bound": 1e-5, "loss_bound": 1e-4, "form": "hf"}
+    assert proof_text(proof) == "tokens 2,048, logit error 1.23e-06 (bound 1e-05), loss difference 0 (bound 0.0001), form hf"
+
+
 def drawn(write, value):
     """What `write` puts on the page: values of the template, and the axes of each drawing by its title."""
     axes = {}
@@ -134,7 +139,7 @@ def test_changes_of_the_loss_are_drawn_fewest_bits_first():
     (plot,) = page.axes["Change of the loss by algorithm"]
     assert [label.get_text() for label in plot.get_yticklabels()] == ["fp8", "int4"], "from below"
     assert [bar.get_width() for bar in plot.patches] == pytest.approx([0.0125, -0.1])
-    assert [(text.get_text(), text.xy[0]) for text in plot.texts] == [("+0.0125", pytest.approx(0.0125)), ("-0.1000", 0.0)]
+    assert [(text.get_text(), text.xy[0]) for text in plot.texts] == [("+0.01250", pytest.approx(0.0125)), ("-0.10000", 0.0)]
 
 
 def test_precision_by_algorithm():
@@ -161,18 +166,18 @@ def text_of(path):
 
 
 def test_page_of_one(tmp_path):
-    write_report(tmp_path / "page.html", RESULT | {"proof": {"logits_difference": 1.25e-6, "tensors": 28, "loss": None}})
+    write_report(tmp_path / "page.html", RESULT | {"proof": {"tokens": 2048, "logit_error": 1.25e-6, "logit_bound": 1e-5}})
     source, text = (tmp_path / "page.html").read_text(), text_of(tmp_path / "page.html")
     assert source.count("<svg") == 2
     assert not re.findall(r"<script|<link|(?:src|href)=\"(?!#)", source), "nothing is loaded from elsewhere"
     for part in (
-        "5.0000 5.0125 +0.0125",
+        "5.0000 5.0125 +0.01250",
         "16 8.001 -50.0 %",
         "16 12.000 -25.0 %",
         "4.00 MB 2.00 MB -50.0 %",
         "64 samples, 8,192 tokens; 1 pass in 0.5 s, 16,384 tokens/s",
         "31.0 dB in the median; worst 30.0 dB",
-        "logits difference 1.25e-06, tensors 28, loss -",
+        "tokens 2,048, logit error 1.25e-06 (bound 1e-05)",
         "exact",
         "OUT/&lt;a&gt;",
     ):
@@ -204,8 +209,8 @@ def test_page_of_a_sweep(tmp_path):
     write_sweep_report(tmp_path / "page.html", SWEEP)
     source, text = (tmp_path / "page.html").read_text(), text_of(tmp_path / "page.html")
     assert "unquantised 5.0000 16 16 4.00 MB" in text
-    assert "fp8 5.0125 +0.0125 8.001 12.00 2.00 MB 31.0 / 30.0 - - 2.5 s" in text
-    assert "int4 64 4.9000 -0.1000 4.250 12.00 2.00 MB 31.0 / 30.0 - yes 2.5 s" in text
+    assert "fp8 5.0125 +0.01250 8.001 12.00 2.00 MB 31.0 / 30.0 - - 2.5 s" in text
+    assert "int4 64 4.9000 -0.10000 4.250 12.00 2.00 MB 31.0 / 30.0 - yes 2.5 s" in text
     assert "int8 failed: it &lt;broke&gt;" in text
     assert source.count("<svg") == 2 + 2 * 2
     assert 'href="#fp8"' in source
