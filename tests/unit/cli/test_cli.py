@@ -244,7 +244,7 @@ def test_a_pruning_says_which_layers_are_gone_and_what_importance_saw(capsys):
 def test_json(started, tmp_path, capsys):
     path = tmp_path / "result.json"
     assert call(f"eval DIR --json {path}") == 0
-    assert json.loads(path.read_text()) == {"kind": "EvalResult", **FACTS, "loss": 5.0, "tokens": 8192}
+    assert json.loads(path.read_text()) == {"kind": "EvalResult", **RESULTS["evaluate"].to_dict()}
     assert call(f"eval DIR --json {tmp_path}/missing/result.json") == 2
     assert "does not exist" in capsys.readouterr().err
 
