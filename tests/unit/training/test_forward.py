@@ -17,6 +17,24 @@ def _batch(batch=2, seq=4, mask=None):
     }
 
 
+def _model(spec="local"):
+    model = MagicMock(side_effect=lambda tokens, *_, **__: tokens.float())
+    model.spec = spec
+    return model
+
+
+def _run_all(**call):
+    """A schedule without stages."""
+    for _ in range(call["num_microbatches"]):
+        call["forward_step_func"](call["data_iterator"], call["model"])
+
+
+@pytest.fixture(autouse=True)
+def _specs_of_models():
+    with patch.object(forward, "spec_of", side_effect=lambda model: model.spec):
+        yield
+
+
 @pytest.fixture
 def ranks_with():
     """`ranks_with(shapes by rank, dp rank by rank)`: the other ranks of a world in which this process is rank 0."""
@@ -92,3 +110,79 @@ def test_progress_bar_is_for_rank_0_on_a_terminal(ranks_with, rank, terminal, sh
             advance()
     assert tqdm.call_args.kwargs["disable"] is not shown
     assert tqdm.call_args.kwargs["total"] == 3
+
+
+def _packed(bounds=(0, 3, 4, 8)):
+    return _batch() | {"cu_seqlens": torch.tensor(bounds, dtype=torch.int32)}
+
+
+def _show(ranks_with, batch, model, **options):
+    with ranks_with(cp=2), patch.object(forward, "get_forward_backward_func", return_value=MagicMock(side_effect=_run_all)) as get:
+        forward.forward_loop([batch], description="", **options)(model)
+    return get.return_value.call_args.kwargs
+
+
+def test_packed_rows_are_one_sequence_for_transformer_engine(ranks_with):
+    model = _model("te")
+    call = _show(ranks_with, _packed(), model)
+    tokens, positions, mask = model.call_args.args
+    assert (call["micro_batch_size"], call["seq_length"]) == (1, 8 * 2)
+    assert tokens.shape == positions.shape == (1, 8)
+    assert mask is None
+    packed = model.call_args.kwargs["packed_seq_params"]
+    assert packed.qkv_format == "thd"
+    assert packed.cu_seqlens_q.tolist() == packed.cu_seqlens_kv.tolist() == [0, 3, 4, 8]
+    assert packed.max_seqlen_q == packed.max_seqlen_kv == 4 * 2
+
+
+def test_packed_rows_get_a_mask_of_blocks_under_the_local_spec(ranks_with):
+    model = _model()
+    call = _show(ranks_with, _packed(), model)
+    assert (call["micro_batch_size"], call["seq_length"]) == (2, 4 * 2)
+    mask = model.call_args.args[2]
+    assert (~mask).long().tolist() == [
+        [[[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]]],
+        [[[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]],
+    ]
+    assert "packed_seq_params" not in model.call_args.kwargs
+
+
+@pytest.mark.parametrize(("mask", "passed"), [(torch.ones(2, 4), False), (torch.ones(2, 1, 4, 4), True), (None, False)])
+def test_only_a_mask_of_attention_reaches_the_model(ranks_with, mask, passed):
+    model = _model()
+    _show(ranks_with, _batch(mask=mask), model)
+    assert (model.call_args.args[2] is not None) == passed
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_the_head_is_left_out_on_request(ranks_with, skip):
+    model = _model()
+    _show(ranks_with, _batch(), model, skip_head=skip)
+    assert ("output_processor" in model.call_args.kwargs) == skip
+    if skip:
+        hidden = torch.ones(1)
+        assert model.call_args.kwargs["output_processor"](hidden_states=hidden, labels=None) is hidden
+
+
+def test_each_micro_batch_is_surrounded(ranks_with):
+    model, batch, surround = _model(), _batch(), MagicMock()
+    model.side_effect = lambda tokens, *_: (surround.return_value.__enter__.assert_called_once(), tokens.float())[1]
+    _show(ranks_with, batch, model, surround=surround)
+    surround.assert_called_once_with(model, batch)
+    surround.return_value.__exit__.assert_called_once()
+
+
+def test_batches_with_and_without_bounds_run_apart(ranks_with):
+    counts = []
+    schedule = MagicMock(side_effect=lambda **call: counts.append(call["num_microbatches"]))
+    with ranks_with(), patch.object(forward, "get_forward_backward_func", return_value=schedule):
+        forward.forward_loop([_packed(), _packed(), _batch(), _packed()], description="")(_model("te"))
+    assert counts == [2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("spec", "packed", "expected"), [("te", True, [[1], [2], [3], [4]]), ("te", False, [[1, 3], [2, 4]]), ("local", True, [[1, 3], [2, 4]])]
+)
+def test_values_of_tokens_follow_the_decoder(spec, packed, expected):
+    batch = _packed() if packed else _batch()
+    assert forward.tokens_in_order(_model(spec), batch, torch.tensor([[1, 2], [3, 4]])).tolist() == expected
