@@ -100,8 +100,8 @@ def _open_plain(path: str) -> tuple[_Logits, dict[str, Any]]:
     dtype = choose_device().dtype
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).to(local_device()).eval()
 
-    def logits(tokens_BS: torch.Tensor, positions_BS: torch.Tensor) -> torch.Tensor:
-        answer: torch.Tensor = model(input_ids=tokens_BS, position_ids=positions_BS, use_cache=False).logits
+    def logits(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
         return answer
 
     return logits, {"parameters": sum(parameter.numel() for parameter in model.parameters())}
@@ -110,9 +110,8 @@ def _open_plain(path: str) -> tuple[_Logits, dict[str, Any]]:
 def _refuse_hidden_scales(path: str) -> None:
     """Quantised weights without a description: transformers would load the codes as if they were weights."""
     reader = SafetensorsReader(path)
-    if codes := sorted(
-        name for name in reader.names if name.endswith(".weight") and reader.dtype(name) not in ("F64", "F32", "F16", "BF16")
-    ):
+    weights = (name for name in reader.names if name.endswith((".weight", ".weight_packed")))
+    if codes := sorted(name for name in weights if reader.dtype(name) not in ("F64", "F32", "F16", "BF16")):
         raise CheckpointError(
             f"{path}: {codes[0]} is {reader.dtype(codes[0])}, a quantised weight, but neither config.json (quantization_config) nor "
             "hf_quant_config.json says how: export it anew"

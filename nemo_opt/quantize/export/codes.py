@@ -73,7 +73,13 @@ def fp8_scale(amax: torch.Tensor) -> torch.Tensor:
 def int_scale(amax: torch.Tensor, bound: int) -> torch.Tensor:
     """What an integer code is multiplied by: 1 / (bound / amax) in float32; 1 where amax is zero."""
     amax = amax.float()
-    return torch.where(amax <= _SMALLEST_AMAX, torch.ones_like(amax), 1.0 / (bound / _safe(amax)))
+    return torch.where(amax <= _SMALLEST_AMAX, torch.ones_like(amax), 1.0 / _steps(amax, bound))
+
+
+def _steps(amax: torch.Tensor, bound: int) -> torch.Tensor:
+    """Bound / amax as a division of tensors: torch takes a number over a tensor as the number times the reciprocal, which rounds twice."""
+    safe = _safe(amax)
+    return torch.full_like(safe, bound) / safe
 
 
 def _safe(amax: torch.Tensor) -> torch.Tensor:
@@ -88,7 +94,7 @@ def _e4m3(weight: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
 
 
 def _integer(weight: torch.Tensor, amax: torch.Tensor, bound: int) -> torch.Tensor:
-    scale = torch.where(amax <= _SMALLEST_AMAX, torch.zeros_like(amax), bound / _safe(amax))
+    scale = torch.where(amax <= _SMALLEST_AMAX, torch.zeros_like(amax), _steps(amax, bound))
     return (weight * scale).round().clamp(-bound - 1, bound).to(torch.int8)
 
 

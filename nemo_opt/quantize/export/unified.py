@@ -115,8 +115,7 @@ class ExportPlan:
         amax = self.tensors.get(f"{linear}.input_quantizer._amax")
         if not form.quantizes_inputs or form.kind is Kind.MXFP8:
             return None
-        if amax is None:
-            raise ConfigError(f"{linear}.input_quantizer has no amax: calibrate before exporting")
+        assert amax is not None, "checked by plan_export"
         if form.kind is Kind.NVFP4:
             return amax.float().reshape(()) / _NVFP4_RANGE
         return int_scale(amax, 127).reshape(()) if form.kind is Kind.INT8 else fp8_scale(amax).reshape(())
@@ -154,6 +153,7 @@ def plan_export(
         raise ConfigError("no weight of the model is quantised: use export_hf of nemo_opt.models")
     for linear, form in formats.items():
         _check_rows(linear, form, model)
+    _check_calibrated(formats, tensors)
     folding = fold(tensors, formats, model, quantizes_cache=cache is not None)
     for linear, reason in folding.reasons.items():
         if linear not in formats or formats[linear].kind not in _MAY_WRITE_SCALES:
@@ -218,6 +218,14 @@ def _hf_linears(linear: str, model: ModelConfig) -> list[str]:
     suffixes = _HALVES if linear.endswith("linear_fc1") else ("",)
     names = [piece.name.removesuffix(".weight") for suffix in suffixes for piece in hf_pieces(f"{linear}.weight{suffix}", model)]
     return list(dict.fromkeys(names))
+
+
+def _check_calibrated(formats: Mapping[str, LinearFormat], tensors: Mapping[str, torch.Tensor]) -> None:
+    for linear, form in formats.items():
+        quantizers = [] if form.kind is Kind.MXFP8 else ["weight_quantizer"] + ["input_quantizer"] * form.quantizes_inputs
+        for quantizer in quantizers:
+            if not any(key.startswith(f"{linear}.{quantizer}.") and "._amax" in key for key in tensors):
+                raise ConfigError(f"{linear}.{quantizer} has no amax: calibrate before exporting")
 
 
 def _check_rows(linear: str, form: LinearFormat, model: ModelConfig) -> None:
