@@ -1,6 +1,7 @@
 """What a quantised model takes: bits per weight, scales included, from the quantizers' settings and the shapes; on any layout.
 
-What is counted is the quantised form that exports write and engines read, not a sharded checkpoint, which keeps weights as they were:
+What is counted is the quantised form that engines hold, not a sharded checkpoint, which keeps weights as they were, nor the few bytes by
+which the files of an export differ (their scales of integer blocks are float32, which engines round to the weights' 16 bits):
 - a weight has its format's bits: of an integer, or sign, exponent and mantissa; of two formats in sequence (int4, then FP8) the narrower;
 - block scales made from the data (NVFP4, MXFP8) have 8 bits, those of integer blocks 16 (bfloat16), all others 32 (float32);
 - what is not quantised (embedding, head, norms) has 16 bits.
@@ -45,7 +46,9 @@ class BitsPerWeight:
 class _Format:
     element_bits: int
     dynamic_block: int | None
-    scale_bits: int
+    """Values that share a scale made from the data."""
+    scale_bits: dict[str, int]
+    """Of a scale from calibration, for each quantizer in sequence by its suffix ("" alone, ".0" and ".1")."""
     block: str
 
 
@@ -60,7 +63,7 @@ def bits_per_weight(chunks: Sequence[torch.nn.Module]) -> BitsPerWeight:
     sizes = _merged({shard.key: math.prod(shard.global_shape) for shard in parameter_shards(chunks)})
     scales = _merged({shard.key: math.prod(shard.global_shape) for shard in quantizer_shards(chunks) if "._amax" in shard.key})
     weights = {name: _elements(sizes, name.removesuffix("_quantizer")) for name in formats}
-    total = {name: _bits(weights[name], _elements(scales, name, "._amax"), formats[name]) for name in formats}
+    total = {name: _bits(name, weights[name], scales, formats[name]) for name in formats}
     quantized, parameters = sum(weights.values()), sum(sizes.values())
     return BitsPerWeight(
         quantized=sum(total.values()) / quantized if quantized else None,
@@ -76,28 +79,36 @@ def element_bits(num_bits: int | tuple[int, int]) -> int:
 
 
 def _format(quantizer: Any) -> _Format:
-    levels = list(quantizer) if isinstance(quantizer, SequentialQuantizer) else [quantizer]
-    first = min(levels, key=lambda level: element_bits(level.num_bits))
-    sizes = {dim: size for dim, size in (first.block_sizes or {}).items() if isinstance(dim, int) and size}
-    is_dynamic = bool(sizes) and first.block_sizes.get("type") == "dynamic"
-    is_integer_block = bool(sizes) and isinstance(first.num_bits, int)
+    levels = {f".{n}": level for n, level in enumerate(quantizer)} if isinstance(quantizer, SequentialQuantizer) else {"": quantizer}
+    narrowest = min(levels.values(), key=lambda level: element_bits(level.num_bits))
+    sizes = _block_sizes(narrowest)
+    is_dynamic = bool(sizes) and narrowest.block_sizes.get("type") == "dynamic"
     return _Format(
-        element_bits=element_bits(first.num_bits),
+        element_bits=element_bits(narrowest.num_bits),
         dynamic_block=math.prod(sizes.values()) if is_dynamic else None,
-        scale_bits=_INTEGER_BLOCK_SCALE_BITS if is_integer_block else _SCALE_BITS,
+        scale_bits={suffix: _scale_bits(level) for suffix, level in levels.items()},
         block="x".join(str(sizes[dim]) for dim in sorted(sizes)),
     )
 
 
-def _bits(weights: int, scales: int, form: _Format) -> int:
+def _block_sizes(level: Any) -> dict[int, int]:
+    return {dim: size for dim, size in (level.block_sizes or {}).items() if isinstance(dim, int) and size}
+
+
+def _scale_bits(level: Any) -> int:
+    return _INTEGER_BLOCK_SCALE_BITS if _block_sizes(level) and isinstance(level.num_bits, int) else _SCALE_BITS
+
+
+def _bits(name: str, weights: int, scales: Mapping[str, int], form: _Format) -> int:
+    """Of a weight whose quantizer is `name`; `scales` are the elements of every amax."""
     dynamic = 0 if form.dynamic_block is None else weights // form.dynamic_block * _DYNAMIC_SCALE_BITS
-    return weights * form.element_bits + scales * form.scale_bits + dynamic
+    calibrated = sum(_elements(scales, f"{name}{suffix}._amax") * bits for suffix, bits in form.scale_bits.items())
+    return weights * form.element_bits + calibrated + dynamic
 
 
-def _elements(sizes: Mapping[str, int], name: str, suffix: str = "") -> int:
-    """Elements under `name`: those of a gated MLP's two halves, and of quantizers in sequence, are added up."""
-    names = [f"{name}{part}{suffix}{half}" for part in ("", ".0", ".1") for half in ("", GATE_SUFFIX, UP_SUFFIX)]
-    return sum(sizes.get(one, 0) for one in names)
+def _elements(sizes: Mapping[str, int], key: str) -> int:
+    """Elements under `key`; those of a gated MLP's two halves are added up."""
+    return sum(sizes.get(f"{key}{half}", 0) for half in ("", GATE_SUFFIX, UP_SUFFIX))
 
 
 def _merged[T](own: dict[str, T]) -> dict[str, T]:
