@@ -112,6 +112,11 @@ class Feed:
             dp_size=parallel_state.get_data_parallel_world_size(),
         )
 
+    def proof_batches(self, count: int = 2) -> list[Any]:
+        """A few micro-batches, whole and the same on every rank, to compare models on: of validation text where there is some."""
+        whole = batches(self.valid or self.train, micro_batch_size=self.config.micro_batch_size, slice_cp=False)
+        return list(islice(whole, count))
+
     def valid_batches(self) -> Iterable[Any]:
         """Validation micro-batches from the first one."""
         assert self.valid is not None, "the feed was opened without validation batches"

@@ -176,14 +176,14 @@ def check_ptq(
     tokenizer: str | None = None,
     report: str | None = None,
     eval_batches: int = 8,
+    spec: str | None = None,
     overwrite: bool = False,
     **_: Any,
 ) -> None:
     """Checks the settings of `nemo_opt.api.ptq`."""
     from nemo_opt.quantize.blocks import check_blocks
 
-    if export.export_format != "nemo":
-        raise ConfigError(f"export format {export.export_format!r} is not supported yet: use nemo (--export_format nemo)")
+    _check_export_format(export.export_format, world_size, spec)
     check_output(export.path, overwrite=overwrite)
     model, resolved = _check_quantisation(checkpoint, quantization, topology, world_size, data, tokenizer, eval_batches)
     check_blocks(quantization, model, tp=resolved.tp)
@@ -250,6 +250,15 @@ def _check_quantisation(
         )
     _check_data(data, eval_batches)
     return info.model, resolved
+
+
+def _check_export_format(export_format: str, world_size: int, spec: str | None) -> None:
+    """ModelOpt knows nothing of Transformer Engine's modules when it writes TensorRT-LLM checkpoints, and takes all ranks for TP and PP."""
+    if export_format == "trtllm" and (world_size > 1 or spec != "local"):
+        raise ConfigError(
+            f"export format 'trtllm' is written by ModelOpt from one rank and the layer spec local, got {world_size} ranks and spec "
+            f"{spec or 'te (the default)'}: use hf (--export_format hf), which TensorRT-LLM reads too, or one rank and --spec local"
+        )
 
 
 def check_search_recipe(

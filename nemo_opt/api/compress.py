@@ -66,7 +66,7 @@ def ptq(
 
     """
     settings: dict[str, Any] = {"data": data, "tokenizer": tokenizer, "eval_batches": eval_batches, "overwrite": overwrite}
-    settings |= {"quantization": quantization, "export": export, "topology": topology, "report": report}
+    settings |= {"quantization": quantization, "export": export, "topology": topology, "report": report, "spec": spec}
     checks.check_ptq(checkpoint=checkpoint, world_size=world_size(), **settings)
     info = read_info(checkpoint)
     tokenizer_dir = checks.tokenizer_directory(info, tokenizer)
@@ -123,7 +123,8 @@ def quantize_and_export(source: Source, chunks: list[Any], quantizer: Quantizer,
     bits = bits_per_weight(chunks)
     path = None
     if quantizer.export_config is not None:
-        path = str(quantizer.export(chunks, topology=source.job.topology, tokenizer_dir=source.tokenizer_dir, overwrite=source.overwrite))
+        places: dict[str, Any] = {"topology": source.job.topology, "tokenizer_dir": source.tokenizer_dir, "overwrite": source.overwrite}
+        path = str(quantizer.export(chunks, proof_batches=source.feed.proof_batches(), **places))
     return PtqResult(
         **source.job.facts(chunks),
         path=path or source.checkpoint,

@@ -7,6 +7,10 @@ them here.
 
 import copy
 import logging
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from modelopt.torch.export import export_tensorrt_llm_checkpoint
 from modelopt.torch.quantization.nn import TensorQuantizer
 from modelopt.torch.quantization.utils import is_quantized
 
@@ -30,6 +35,10 @@ from nemo_opt.parallel import Topology, current_topology
 from nemo_opt.quantize.awq import calibrate_awq
 from nemo_opt.quantize.blocks import check_recipe_blocks
 from nemo_opt.quantize.config import ExportConfig, QuantizationConfig
+from nemo_opt.quantize.export.artifacts import save_artifacts
+from nemo_opt.quantize.export.trtllm import export_trtllm
+from nemo_opt.quantize.export.unified import ExportPlan, export_quantized_hf
+from nemo_opt.quantize.proof import ProofReport, prove_checkpoint, prove_export
 from nemo_opt.quantize.recipes import get_quant_cfg_choices, kv_format, localized, needs_data, quant_cfg_of
 from nemo_opt.quantize.smooth import smoothquant
 from nemo_opt.training.forward import ForwardLoop
@@ -42,6 +51,7 @@ _log = logging.getLogger(__name__)
 QUANT_CFG_CHOICES = get_quant_cfg_choices()
 """ModelOpt's configuration by algorithm name; read only, the Quantizer works on copies."""
 
+_TORCH_DTYPES = {"16": torch.float16, "bf16": torch.bfloat16}
 _OUR_SEARCHES = ("smoothquant", "awq_lite")
 _GPT_MIN_FRACTION, _GPT_MAX_BOUND = 0.01, {"fp8": 448, "int8_sq": 127}  # NeMo's least amax of inputs, for decoders of type gpt
 
@@ -65,6 +75,7 @@ class Quantizer:
         self.quantization_config = QuantizationConfig.from_any(quantization_config)
         self.export_config = None if export_config is None else ExportConfig.from_any(export_config)
         self.quant_cfg: dict[str, Any] | None = quant_cfg_of(self.quantization_config)
+        self.proof: ProofReport | None = None
 
     def quantize(self, model: Any, forward_loop: ForwardLoop | None = None) -> Any:
         """Quantize `model` in place and calibrate it; collective.
@@ -95,7 +106,7 @@ class Quantizer:
         self._calibrate(target, quant_cfg, forward_loop)
         on_each(lambda: _check_calibrated(target))
         if dist.get_rank() == 0:
-            mtq.print_quant_summary(target)
+            _log.info("%s", _summary(target))
         return model
 
     def _check_data(self, quant_cfg: dict[str, Any], forward_loop: ForwardLoop | None) -> None:
@@ -140,9 +151,10 @@ class Quantizer:
         topology: Topology | None = None,
         tokenizer_dir: Path | str | None = None,
         extra: dict[str, Any] | None = None,
+        proof_batches: Sequence[Any] = (),
         overwrite: bool = False,
     ) -> Path:
-        """Write the quantized model as a sharded checkpoint; collective.
+        """Write the quantized model in the form of the export configuration; collective.
 
         Args:
             model: what `quantize` returned.
@@ -150,28 +162,61 @@ class Quantizer:
             trainer: ignored; part of NeMo's signature.
             topology: the layout the model lives on; None for the one that is set up.
             tokenizer_dir: tokenizer to copy beside the weights.
-            extra: JSON values to keep in the checkpoint's description.
-            overwrite: replace an existing checkpoint.
+            extra: JSON values to keep in the description of a "nemo" checkpoint.
+            proof_batches: validation batches, the same on every rank, on which what was written must compute what the model in memory does
+                (`nemo_opt.quantize.proof`); what was found is in `proof` afterwards. Without any nothing is proven.
+            overwrite: replace an existing export of the same form.
 
         Returns:
             the directory written.
 
         Raises:
-            ConfigError: for a format that is not written yet, naming the one that is.
+            ConfigError: there is no export configuration or layout, or the form cannot hold the model; names the alternative.
+            CheckpointError: the directory exists, cannot be written, or was proven wrong; then nothing is left behind.
 
         """
         if self.export_config is None:
             raise ConfigError("export needs an export configuration: pass export_config to Quantizer")
-        if self.export_config.export_format != "nemo":
-            raise ConfigError(
-                f"export_format {self.export_config.export_format!r} is not supported yet; use export_format='nemo' (a sharded checkpoint)"
-            )
+        config, path = self.export_config, Path(model_dir or self.export_config.path)
+        self.proof = None
+        if not isinstance(model, torch.nn.Module | list):
+            return self._export_double(model, path, tokenizer_dir)
         topology = topology or current_topology()
         if topology is None:
             raise ConfigError("no layout is set up: pass topology")
-        path = Path(model_dir or self.export_config.path)
+        chunks = [unwrap(model)]
+        places: dict[str, Any] = {"tokenizer_dir": tokenizer_dir, "overwrite": overwrite}
+        if config.export_format == "hf":
+            prove = partial(self._prove, chunks, proof_batches) if proof_batches else None
+            return export_quantized_hf(chunks, path, dtype=_TORCH_DTYPES[str(config.dtype)], prove=prove, **places)
+        if config.export_format == "trtllm":
+            return export_trtllm(chunks[0], path, export_tensorrt_llm_checkpoint, topology=topology, **self._engine(), **places)
         recorded = {"quantization": self.quantization_config.algorithm, **(extra or {})}
-        save_checkpoint(path, [unwrap(model)], topology=topology, tokenizer_dir=tokenizer_dir, extra=recorded, overwrite=overwrite)
+        save_checkpoint(path, chunks, topology=topology, extra=recorded, **places)
+        if proof_batches:
+            self.proof = prove_checkpoint(path, chunks, topology, proof_batches)
+        return path
+
+    def _prove(self, chunks: list[Any], batches: Sequence[Any], directory: Path, plan: ExportPlan | None) -> None:
+        self.proof = prove_export(directory, chunks, plan, batches)
+
+    def _engine(self) -> dict[str, Any]:
+        """What TensorRT-LLM needs to know; models are Llamas here, so NeMo's failure to infer the decoder type has no counterpart."""
+        assert self.export_config is not None
+        config = self.export_config
+        return {
+            "decoder_type": config.decoder_type or self.quantization_config.decoder_type or "llama",
+            "dtype": _TORCH_DTYPES[str(config.dtype)],
+            "inference_tp": config.inference_tp,
+            "inference_pp": config.inference_pp,
+        }
+
+    def _export_double(self, model: Any, path: Path, tokenizer_dir: Path | str | None) -> Path:
+        """NeMo's test double, in the only format that its first generation knew."""
+        engine = self._engine()
+        sizes = {"inference_tensor_parallel": engine.pop("inference_tp"), "inference_pipeline_parallel": engine.pop("inference_pp")}
+        export_tensorrt_llm_checkpoint(model=model, export_dir=path, **engine, **sizes)
+        save_artifacts(path, tokenizer_dir=tokenizer_dir)
         return path
 
     @staticmethod
@@ -196,6 +241,13 @@ def _target(model: Any) -> Any:
     if is_quantized(gpt_model):
         raise ConfigError("the model is already quantized: start from an unquantized checkpoint")
     return gpt_model
+
+
+def _summary(model: Any) -> str:
+    """ModelOpt's line for every quantizer, which it can only print."""
+    with redirect_stdout(StringIO()) as lines:
+        mtq.print_quant_summary(model)
+    return lines.getvalue()
 
 
 def _method(quant_cfg: dict[str, Any]) -> str | None:

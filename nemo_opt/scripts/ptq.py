@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("-nodes", "--num_nodes", type=int, help="Nodes; calibration_pp by default, all on this machine without torchrun")
     p.add_argument("-out", "--export_path", "--output_path", help="Directory to write")
     p.add_argument(
-        "--export_format", default="trtllm", choices=["trtllm", "nemo", "hf"], help="Form of the result; only nemo is supported yet"
+        "--export_format", default="trtllm", choices=["trtllm", "nemo", "hf"], help="Form of the result; TensorRT-LLM reads hf too"
     )
     p.add_argument(
         "-algo", "--algorithm", default="fp8", help=f"One of {', '.join(_ALGORITHMS)}, ModelOpt's ..._CFG, or a JSON or YAML file"
@@ -90,8 +90,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     _common.refuse("--trust_remote_code", options.trust_remote_code, "no code of a checkpoint is ever run")
-    if options.export_format != "nemo":
-        raise ConfigError(f"--export_format {options.export_format} is not supported yet: add --export_format nemo")
     if options.legacy_ckpt:
         _common.note("--legacy_ckpt has no effect: checkpoints do not depend on the version of Transformer Engine")
     topology = Topology(

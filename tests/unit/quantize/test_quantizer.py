@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import MagicMock, patch
 
@@ -80,6 +81,22 @@ class TestQuantizerAsNeMoTestsIt:
         assert modified_config.sequence_parallel is False
         assert modified_config.name == "modelopt"
         assert modified_config.apply_rope_fusion is False
+
+    @patch(f"{HERE}.dist")
+    @patch(f"{HERE}.export_tensorrt_llm_checkpoint")
+    def test_export_method(self, mock_export, mock_dist, basic_quantization_config, basic_export_config):
+        mock_dist.get_rank.return_value = 0
+        mock_model = MagicMock()
+        mock_model.cfg.megatron_amp_O2 = False
+        mock_model.trainer.num_nodes = 1
+        quantizer = Quantizer(basic_quantization_config, basic_export_config)
+        with patch(f"{HERE}.save_artifacts"):
+            quantizer.export(mock_model)
+            mock_export.assert_called_once()
+            call_args = mock_export.call_args[1]
+            assert call_args["decoder_type"] == "llama"
+            assert call_args["inference_tensor_parallel"] == 1
+            assert call_args["inference_pipeline_parallel"] == 1
 
 
 @pytest.fixture
@@ -249,16 +266,72 @@ def test_export_needs_a_configuration():
         Quantizer(QuantizationConfig()).export(MagicMock())
 
 
-@pytest.mark.parametrize("export_format", ["hf", "trtllm"])
-def test_formats_to_come_are_refused_with_the_alternative(export_format):
-    quantizer = Quantizer(QuantizationConfig(), ExportConfig(path="out", export_format=export_format))
-    with pytest.raises(ConfigError, match=f"'{export_format}' is not supported yet; use export_format='nemo'"):
-        quantizer.export(MagicMock(), topology=Topology())
-
-
 def test_export_needs_a_layout():
     with patch(f"{HERE}.current_topology", return_value=None), pytest.raises(ConfigError, match="pass topology"):
-        Quantizer(None, {"path": "out", "export_format": "nemo"}).export(MagicMock())
+        Quantizer(None, {"path": "out", "export_format": "nemo"}).export([MagicMock()])
+
+
+@pytest.fixture
+def written():
+    """Every writer and every proof, replaced."""
+    names = ("save_checkpoint", "export_quantized_hf", "export_trtllm", "prove_checkpoint", "prove_export")
+    with ExitStack() as stack:
+        mocks = {name: stack.enter_context(patch(f"{HERE}.{name}")) for name in names}
+        stack.enter_context(patch(f"{HERE}.unwrap", side_effect=lambda model: model[0]))
+        yield MagicMock(**mocks)
+
+
+def _exporter(**settings):
+    return Quantizer(QuantizationConfig(algorithm="int8"), ExportConfig(path="out", **settings))
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("bf16", torch.bfloat16), (16, torch.float16), ("16", torch.float16)])
+def test_hugging_face_export_is_proven_before_it_has_its_name(written, dtype, expected):
+    quantizer, model = _exporter(export_format="hf", dtype=dtype), MagicMock()
+    assert quantizer.export([model], topology=Topology(tp=2), tokenizer_dir="tok", proof_batches=["batch"]) is (
+        written.export_quantized_hf.return_value
+    )
+    ((chunks, path), settings) = written.export_quantized_hf.call_args
+    assert (chunks, path) == ([model], Path("out"))
+    prove = settings.pop("prove")
+    assert settings == {"dtype": expected, "tokenizer_dir": "tok", "overwrite": False}
+    written.prove_export.assert_not_called()
+    prove(Path("partial"), "plan")
+    written.prove_export.assert_called_once_with(Path("partial"), [model], "plan", ["batch"])
+    assert quantizer.proof is written.prove_export.return_value
+    quantizer.export([model], topology=Topology(tp=2))
+    assert written.export_quantized_hf.call_args.kwargs["prove"] is None
+    assert quantizer.proof is None, "of the last export"
+
+
+def test_trtllm_gets_modelopts_writer_and_the_engines_sizes(written):
+    from nemo_opt.quantize.quantizer import export_tensorrt_llm_checkpoint
+
+    model = MagicMock()
+    _exporter(inference_tp=2, inference_pp=3, decoder_type="gemma").export([model], topology=Topology(), overwrite=True)
+    written.export_trtllm.assert_called_once_with(
+        model,
+        Path("out"),
+        export_tensorrt_llm_checkpoint,
+        topology=Topology(),
+        decoder_type="gemma",
+        dtype=torch.bfloat16,
+        inference_tp=2,
+        inference_pp=3,
+        tokenizer_dir=None,
+        overwrite=True,
+    )
+    _exporter().export([model], topology=Topology())
+    assert written.export_trtllm.call_args.kwargs["decoder_type"] == "llama"
+
+
+def test_checkpoint_is_proven_where_there_are_batches(written):
+    quantizer, model = _exporter(export_format="nemo"), MagicMock()
+    quantizer.export([model], topology=Topology(tp=2))
+    written.prove_checkpoint.assert_not_called()
+    assert quantizer.export([model], topology=Topology(tp=2), proof_batches=["batch"]) == Path("out")
+    written.prove_checkpoint.assert_called_once_with(Path("out"), [model], Topology(tp=2), ["batch"])
+    assert quantizer.proof is written.prove_checkpoint.return_value
 
 
 @pytest.mark.parametrize(("model_dir", "expected"), [(None, "from_config"), ("given", "given")])
