@@ -58,7 +58,7 @@ def test_nan_in_padding_is_not_seen_either():
     assert not masking.zero_padding(x, REAL)[~REAL].any()
 
 
-@pytest.mark.parametrize("shape", [(8, 5), (4,), (2, 4, 5), (3, 2, 5)])
+@pytest.mark.parametrize("shape", [(8, 5), (4,), (2, 4, 5), (3, 2, 5), (4, 3, 5), (4, 1, 5)])
 def test_other_shapes_say_nothing(shape):
     assert masking.zero_padding(torch.ones(shape), REAL) is None
 
@@ -113,3 +113,13 @@ def test_without_padding_nothing_is_hooked(mask):
     model = _Model()
     with masking.padding_masked(model, _batch(mask)):
         assert all(model.seen((7, 5)).values())
+
+
+def test_hooks_that_were_there_before_see_no_padding():
+    """AWQ's statistics are such a hook."""
+    model, seen = _Model(), []
+    model.fc1.input_quantizer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    as_decoder = patch.object(masking, "tokens_in_order", side_effect=lambda _chunk, _batch, values: values.t())
+    with as_decoder, masking.padding_masked(model, _batch(REAL.t().long())):
+        model.fc1.input_quantizer(torch.ones(4, 2, 5))
+    assert torch.equal(seen[0][..., 0] != 0, REAL)
