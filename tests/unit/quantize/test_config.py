@@ -6,18 +6,58 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from nemo_opt.errors import ConfigError
-from nemo_opt.quantize.config import ALGORITHMS, EXPORT_FORMATS, ExportConfig, QuantizationConfig, is_recipe_file
+from nemo_opt.quantize.config import ALGORITHMS, EXPORT_FORMATS, SEARCHABLE, ExportConfig, QuantizationConfig, is_recipe_file
 
 
 def test_defaults_are_nemos():
     config = QuantizationConfig()
     assert (config.algorithm, config.awq_block_size, config.sq_alpha) == ("fp8", 128, 0.5)
     assert (config.enable_kv_cache, config.kv_cache_qformat) == (None, None)
+    assert (config.fp8_block_shape, config.weight_only, config.calibration_packing, config.decoder_type) == (
+        (128, 128),
+        False,
+        "pack",
+        None,
+    )
     assert (config.calibration_dataset, config.calibration_dataset_size) == ("cnn_dailymail", 512)
     assert (config.calibration_batch_size, config.calibration_seq_len) == (64, 128)
     export = ExportConfig(path="out")
     assert (export.path, export.export_format, export.dtype) == (Path("out"), "trtllm", "bf16")
     assert (export.decoder_type, export.inference_tp, export.inference_pp, export.generate_sample) == (None, 1, 1, False)
+
+
+def test_names_are_documented_ones():
+    """Files and command lines hold them: they may be added to, not changed."""
+    assert ALGORITHMS == ("block_fp8", "fp8", "int4", "int4_awq", "int8", "int8_sq", "mxfp8", "nvfp4", "w4a8_awq")
+    assert set(ALGORITHMS) - set(SEARCHABLE) == {"int4_awq", "int8_sq", "w4a8_awq"}, "those with a search of their own"
+    assert set(SEARCHABLE) < set(ALGORITHMS)
+    assert EXPORT_FORMATS == ("nemo", "hf", "trtllm")
+    assert [is_recipe_file(f"recipe{suffix}") for suffix in (".json", ".yaml", ".yml", ".txt", "")] == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize("settings", [{"enable_kv_cache": value} for value in (True, False, None)])
+@pytest.mark.parametrize(
+    "more", [{"kv_cache_qformat": "fp8"}, {"kv_cache_qformat": "nvfp4"}, {"calibration_packing": "pad"}, {"weight_only": True}]
+)
+def test_every_choice_is_accepted(settings, more):
+    config = QuantizationConfig(**settings, **more)
+    assert config == settings | more
+    assert config != QuantizationConfig(sq_alpha=0.25, **settings, **more)
+
+
+@pytest.mark.parametrize("alpha", [0, 0.0, 1.0])
+def test_migration_may_be_all_or_nothing(alpha):
+    assert QuantizationConfig(sq_alpha=alpha).sq_alpha == alpha
+
+
+def test_configs_are_made_by_name_and_stay_as_they_are():
+    for make in (lambda: QuantizationConfig("fp8"), lambda: ExportConfig("out")):
+        with pytest.raises(TypeError, match="positional"):
+            make()
+    with pytest.raises(AttributeError):
+        QuantizationConfig().sq_alpha = 0.25
+    with pytest.raises(AttributeError):
+        ExportConfig(path="out").dtype = 16
 
 
 @pytest.mark.parametrize("algorithm", ["int7", "", 8, "FP8_DEFAULT"])
@@ -55,7 +95,7 @@ def test_recipes_are_files_that_exist(tmp_path):
     ],
 )
 def test_bad_value_is_refused_by_field_name(field, value):
-    with pytest.raises(ConfigError, match=field):
+    with pytest.raises(ConfigError, match=f"^{field} must"):
         QuantizationConfig(**{field: value})
 
 
@@ -79,7 +119,7 @@ def test_block_shape_may_be_any_sequence():
         ("dtype", 32),
         ("inference_tp", 0),
         ("inference_pp", "1"),
-        ("generate_sample", True),
+        ("generate_sample", "yes"),
     ],
 )
 def test_bad_export_value_is_refused(field, value):
@@ -97,6 +137,9 @@ def test_first_generation_keys_are_translated():
     assert (config.calibration_dataset, config.calibration_dataset_size, config.decoder_type) == ("wikitext", 8, "llama")
     export = ExportConfig.from_any({"save_path": "out", "inference_tensor_parallel": 2, "inference_pipeline_parallel": 3})
     assert (export.path, export.inference_tp, export.inference_pp) == (Path("out"), 2, 3)
+    assert export == {"path": "out", "inference_tp": 2, "inference_pp": 3}
+    assert ExportConfig.from_any({"save_path": "out", "sample_output": False}).generate_sample is False
+    assert QuantizationConfig(algorithm="ANY_CFG").algorithm == "ANY_CFG", "ModelOpt's are looked up when torch is there"
 
 
 def test_unknown_and_missing_keys_are_refused():
@@ -129,7 +172,7 @@ def test_mapping_omegaconf_and_dataclass_agree(algorithm, block, alpha, size):
     "other", [{"algorithm": "int8"}, {"algorithm": "fp8", "no": 1}, {"algorithm": "wrong"}, ExportConfig(path="x"), 1, None]
 )
 def test_config_differs_from_what_it_was_not_made_from(other):
-    assert QuantizationConfig(algorithm="fp8") != other
+    assert (QuantizationConfig(algorithm="fp8") == other) is False
 
 
 @pytest.mark.parametrize("export_format", EXPORT_FORMATS)

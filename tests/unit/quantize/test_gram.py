@@ -34,6 +34,36 @@ def test_means_are_over_tokens_and_zero_rows_are_none():
         torch.testing.assert_close(statistics.mean, expected)
 
 
+def test_a_token_with_any_value_counts_and_is_let_go():
+    x = torch.zeros(3, 4, requires_grad=True)
+    with torch.no_grad():
+        x[0, 1], x[2, 3] = -2.0, 1e-30
+    statistics = _filled([x])
+    assert statistics.tokens == 2
+    assert statistics.mean.tolist() == [0, 1, 0, pytest.approx(5e-31)]
+    assert not statistics.mean.requires_grad
+    assert not statistics.squared_norm(torch.eye(4)).requires_grad
+
+
+def test_sums_do_not_depend_on_the_default_type():
+    """Megatron-Core and its users may set bfloat16, in which 256 + 1 is 256."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        statistics = _filled([torch.ones(1, 2, dtype=torch.bfloat16)] * 300)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert statistics.tokens == 300
+    assert statistics.mean.dtype == torch.float32
+    assert statistics.mean.tolist() == [1, 1]
+    assert statistics.squared_norm(torch.eye(2)) == 600
+
+
+def test_16_bit_means_are_summed_in_32():
+    x = torch.ones(1000, 2, dtype=torch.bfloat16)
+    x[0] = 1000
+    assert _filled([x]).mean.tolist() == pytest.approx([1.999] * 2)
+
+
 def test_16_bit_inputs_are_summed_in_32():
     inputs = [x.bfloat16() for x in _inputs(count=200)]
     exact = sum((x.double().flatten(0, 1).T @ x.double().flatten(0, 1)) for x in inputs)
@@ -58,7 +88,7 @@ def test_no_tokens_at_all():
 def test_cleared_statistics_hold_no_matrix():
     statistics = _filled(_inputs())
     statistics.clear()
-    assert statistics._gram.numel() == 0
+    assert statistics._gram.shape == (0, 0)
 
 
 def _cut(how):
