@@ -59,11 +59,17 @@ class ExportPlan:
 
     def describe(self) -> Description:
         """The JSON of the export."""
-        quantized = {name: form for linear, form in self.formats.items() for name in _hf_linears(linear, self.model)}
+        quantized = {name: form for linear, form in self.formats.items() for name in self.linears(linear)}
         linears = [name.removesuffix(".weight") for name in hf_shapes(self.model) if "_proj." in name] + ["lm_head"]
         unquantized = [name for name in linears if name not in quantized]
         writes = bool(self.folding.written)
         return describe(quantized, self.method, unquantized=unquantized, cache=self.cache, writes_scales=writes)
+
+    def linears(self, linear: str) -> list[str]:
+        """Hugging Face's linears that hold rows of Megatron's."""
+        suffixes = _HALVES if linear.endswith("linear_fc1") else ("",)
+        names = [piece.name.removesuffix(".weight") for suffix in suffixes for piece in hf_pieces(f"{linear}.weight{suffix}", self.model)]
+        return list(dict.fromkeys(names))
 
     def convert(self, key: str, weight: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
         """The tensors stored for each Hugging Face weight that the Megatron weight `key` holds rows of."""
@@ -212,12 +218,6 @@ def export_quantized_hf(
     check = None if prove is None else lambda directory: prove(directory, plan)
     write_directory(parameter_shards(chunks), begin, convert, prove=check)
     return Path(out_dir)
-
-
-def _hf_linears(linear: str, model: ModelConfig) -> list[str]:
-    suffixes = _HALVES if linear.endswith("linear_fc1") else ("",)
-    names = [piece.name.removesuffix(".weight") for suffix in suffixes for piece in hf_pieces(f"{linear}.weight{suffix}", model)]
-    return list(dict.fromkeys(names))
 
 
 def _check_calibrated(formats: Mapping[str, LinearFormat], tensors: Mapping[str, torch.Tensor]) -> None:

@@ -18,7 +18,7 @@ import torch
 from nemo_opt.errors import CheckpointError
 from nemo_opt.models.safetensors_dir import SafetensorsReader
 from nemo_opt.quantize.reader.description import Description, LinearForm, read_description
-from nemo_opt.quantize.reader.rounding import ROUNDINGS
+from nemo_opt.quantize.reader.rounding import ROUNDINGS, STATIC
 from nemo_opt.quantize.reader.weights import linear_tensors, read_weight
 
 __all__ = ["ExportedModel", "open_export"]
@@ -42,6 +42,8 @@ class ExportedModel:
     """transformers' LlamaForCausalLM in float32, with hooks that scale and round inputs."""
     cache_scales: list[tuple[torch.Tensor, torch.Tensor]] | None
     """For each layer the scales of keys and values; None where the cache is not quantised."""
+    input_scales: dict[str, float]
+    """By linear, where inputs are rounded with a stored scale."""
     bits_per_weight: float
     """Of the quantised linears, scales included."""
     bits_per_parameter: float
@@ -102,10 +104,15 @@ def open_export(directory: str | Path, *, device: torch.device | str = "cpu") ->
         description=description,
         model=model,
         cache_scales=_cache_scales(reader, description, device),
+        input_scales={name: float(reader.whole(f"{name}.input_scale")) for name, form in description.linears.items() if _has_scale(form)},
         bits_per_weight=sum(bits[name] for name in description.linears) / quantized,
         bits_per_parameter=sum(bits.values()) / parameters,
         parameters=parameters,
     )
+
+
+def _has_scale(form: LinearForm) -> bool:
+    return form.inputs in STATIC
 
 
 def _is_tied(name: str, description: Description) -> bool:

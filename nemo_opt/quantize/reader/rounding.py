@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["ROUNDINGS", "round_e2m1"]
+__all__ = ["ROUNDINGS", "STATIC", "round_e2m1"]
 
 _E4M3_MAX = 448.0
 
@@ -69,4 +69,7 @@ ROUNDINGS: dict[str, Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
     "nvfp4": _nvfp4,
     "mxfp8": _mxfp8,
 }
-"""By the name in `LinearForm.inputs`; the first two and `nvfp4` need the stored scale."""
+"""By the name in `LinearForm.inputs`."""
+
+STATIC = {"fp8": _E4M3_MAX, "int8": 127.0, "nvfp4": 6.0 * _E4M3_MAX}
+"""Those that need a stored scale, with the largest input that a scale of 1 stands for."""

@@ -11,6 +11,7 @@ import torch
 from nemo_opt.errors import CheckpointError
 from nemo_opt.models.safetensors_dir import SafetensorsReader
 from nemo_opt.quantize.reader.description import LinearForm
+from nemo_opt.quantize.reader.rounding import STATIC
 
 __all__ = ["LAYOUTS", "Layout", "linear_tensors", "read_weight"]
 
@@ -37,7 +38,7 @@ def linear_tensors(form: LinearForm, rows: int, columns: int) -> dict[str, tuple
     if (width and columns % width) or rows % height:
         raise CheckpointError(f"groups of {height} x {width or columns} do not divide a weight of {rows} x {columns}")
     tensors = LAYOUTS[form.weight].tensors(rows, columns, form.group)
-    if form.inputs in ("fp8", "int8", "nvfp4"):
+    if form.inputs in STATIC:
         tensors["input_scale"] = (_FLOATS, ((), (1,)))
     return tensors
 

@@ -60,6 +60,7 @@ def test_an_export_is_proven_and_the_model_is_untouched(model, tmp_path, algorit
     report = _prove(chunks, tmp_path, dtype=dtype)
     assert report.tokens == 64
     assert report.weight_error <= 2**-22
+    assert report.scale_error <= 2**-22
     assert report.logit_error <= report.logit_bound
     assert abs(report.loss_difference) <= report.loss_bound
     assert report.logit_bound <= 2e-2
@@ -106,12 +107,13 @@ FAULTS = {
     "one scale doubled": ("fp8", _scale(f"{DOWN}.weight_scale", 2.0), "an error of weights"),
     "one scale a thousandth off": ("nvfp4", _scale(f"{DOWN}.weight_scale_2", 1.001), "an error of weights"),
     "one row has its neighbour's scale": ("int4", _shift_row(f"{DOWN}.weight_scale"), "an error of weights"),
-    "input scales of two layers swapped": ("int8", _swap("mlp.down_proj.input_scale"), "an error of logits"),
+    "input scales of two layers swapped": ("int8", _swap("mlp.down_proj.input_scale"), "an error of scales"),
+    "an input scale doubled": ("nvfp4", _scale(f"{DOWN}.input_scale", 2.0), "an error of scales"),
     "scales before the inputs dropped": ("int4_awq", _drop("pre_quant_scale"), "an error of logits"),
     "some scales before the inputs dropped": ("w4a8_awq", _drop("layers.0.self_attn.o_proj.pre_quant_scale"), "pre_quant_scale is missing"),
     "a norm without what was folded in": ("int8_sq", _scale(f"{LAYERS[0]}.input_layernorm.weight", 1.0001), "an error of weights"),
     "a scale dropped": ("fp8", _drop(f"{DOWN}.input_scale"), "down_proj.input_scale is missing"),
-    "a cache without its range": ("fp8", _scale(f"{LAYERS[0]}.self_attn.k_proj.k_scale", 0.05), "an error of logits"),
+    "a cache without its range": ("fp8", _scale(f"{LAYERS[0]}.self_attn.k_proj.k_scale", 0.5), "an error of scales"),
 }
 
 

@@ -1,0 +1,102 @@
+"""Every layout decodes what is written by hand, and says which tensors it needs."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from nemo_opt.errors import CheckpointError
+from nemo_opt.models.safetensors_dir import SafetensorsReader
+from nemo_opt.quantize.reader.description import LinearForm
+from nemo_opt.quantize.reader.weights import LAYOUTS, linear_tensors, read_weight
+
+F8 = torch.float8_e4m3fn
+
+
+def form(weight, group=(1, 0), inputs=None):
+    return LinearForm(weight=weight, group=group, inputs=inputs, label="")
+
+
+def _read(folder, tensors, linear, rows, columns):
+    save_file({f"linear.{name}": tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return read_weight(SafetensorsReader(folder), "linear", linear, rows, columns)
+
+
+def _u8(rows):
+    return torch.tensor(rows, dtype=torch.uint8)
+
+
+def _words(word, scale, shape):
+    return {"weight_packed": torch.tensor([[word]], dtype=torch.int32), "weight_scale": scale, "weight_shape": torch.tensor(shape)}
+
+
+CASES = [
+    (form("fp8"), {"weight": torch.tensor([[1.0, -2.0]]).to(F8), "weight_scale": torch.tensor(0.5)}, [[0.5, -1.0]]),
+    (form("fp8_channel"), {"weight": torch.ones(2, 1).to(F8), "weight_scale": torch.tensor([2.0, 3.0])}, [[2.0], [3.0]]),
+    (
+        form("fp8_block", (1, 2)),
+        {"weight": torch.ones(2, 4).to(F8), "weight_scale": torch.tensor([[1.0, 2.0], [3.0, 4.0]]).view(2, 1, 2, 1)},
+        [[1, 1, 2, 2], [3, 3, 4, 4]],
+    ),
+    (form("int8"), {"weight": torch.tensor([[-128], [127]]).to(torch.int8), "weight_scale": torch.ones(2, 1)}, [[-128], [127]]),
+    (
+        form("int8_words"),
+        _words(0x7F80, torch.ones(1, 1), [1, 2]),
+        [[0, -1]],
+    ),
+    (
+        form("int4_words", (1, 2)),
+        _words(0xF08A, torch.tensor([[1.0, 10.0]]), [1, 4]),
+        [[2, 0, -80, 70]],
+    ),
+    (form("int4_rows", (1, 2)), {"weight": _u8([[0x7F, 0x80]]), "weight_scale": torch.tensor([[1.0], [2.0]])}, [[-1, 0], [14, -16]]),
+    (
+        form("nvfp4", (1, 2)),
+        {"weight": _u8([[0x7A, 0x10]]), "weight_scale": torch.tensor([[1.0, 4.0]]).to(F8), "weight_scale_2": torch.tensor([0.5])},
+        [[-0.5, 3.0, 0.0, 1.0]],
+    ),
+    (form("mxfp8", (1, 2)), {"weight": torch.ones(1, 4).to(F8), "weight_scale": _u8([[127, 130]])}, [[1, 1, 8, 8]]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("linear", "tensors", "expected"), CASES, ids=lambda case: getattr(case, "weight", ""))
+def test_layouts(tmp_path, linear, tensors, expected):
+    expected = torch.tensor(expected, dtype=torch.float32)
+    assert torch.equal(_read(tmp_path, tensors, linear, *expected.shape), expected)
+
+
+def test_w4a8_rounds_twice(tmp_path):
+    tensors = {"weight": _u8([[0x37]]), "weight_scale": torch.tensor([[1.0], [1.1]]), "weight_scale_2": torch.tensor(0.5)}
+    weight = _read(tmp_path, tensors, form("w4a8", (1, 1)), 2, 1)
+    assert weight[0].item() == 7.0
+    assert weight[1].item() == torch.tensor(6.6).to(F8).float().item() * 0.5  # 3 * 1.1 / 0.5
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_name_their_tensors(name):
+    group = {"fp8_block": (4, 32)}.get(name, (1, 0 if name in ("fp8", "fp8_channel", "int8", "int8_words") else 16))
+    tensors = linear_tensors(form(name, group), 16, 64)
+    assert "weight_scale" in tensors
+    assert "input_scale" not in tensors
+    assert "input_scale" in linear_tensors(form(name, group, "fp8"), 16, 64)
+    assert "input_scale" not in linear_tensors(form(name, group, "mxfp8"), 16, 64)
+
+
+def test_groups_that_do_not_divide_are_refused():
+    with pytest.raises(CheckpointError, match="groups of 1 x 24 do not divide a weight of 16 x 64"):
+        linear_tensors(form("int4_words", (1, 24)), 16, 64)
+
+
+def test_a_scale_that_is_not_finite_is_refused(tmp_path):
+    tensors = {"weight": torch.ones(1, 1).to(F8), "weight_scale": torch.tensor(float("nan"))}
+    with pytest.raises(CheckpointError, match=r"linear\.weight_scale holds values that are not finite"):
+        _read(tmp_path, tensors, form("fp8"), 1, 1)
+
+
+def test_a_shape_that_contradicts_the_model_is_refused(tmp_path):
+    tensors = {
+        "weight_packed": torch.zeros(1, 1, dtype=torch.int32),
+        "weight_scale": torch.ones(1, 1),
+        "weight_shape": torch.tensor([2, 2]),
+    }
+    with pytest.raises(CheckpointError, match=r"weight_shape is \[2, 2\], the model needs \[1, 4\]"):
+        _read(tmp_path, tensors, form("int8_words"), 1, 4)
