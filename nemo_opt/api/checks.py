@@ -199,7 +199,7 @@ def check_ptq_sweep(
     topology: Topology,
     world_size: int,
     data: "DataConfig",
-    export_format: str | None = "nemo",
+    export_format: str | None = "hf",
     tokenizer: str | None = None,
     report: str | None = None,
     eval_batches: int = 8,
@@ -438,8 +438,6 @@ def check_export_ckpt(*, checkpoint: str, output: str, topology: Topology, world
     """Checks the settings of `nemo_opt.api.export_ckpt`."""
     check_output(output, overwrite=overwrite)
     info = checkpoint_info(checkpoint)
-    if info.has_modelopt_state:
-        raise ConfigError(f"checkpoint {checkpoint} is quantised: the export of quantised models to Hugging Face is not supported yet")
     _check_layout(topology, world_size, info.model)
 
 

@@ -50,7 +50,7 @@ def ptq_sweep(
     data: DataConfig,
     algorithms: Sequence[str] = ALGORITHMS,
     quantization: QuantizationConfig,
-    export_format: str | None = "nemo",
+    export_format: str | None = "hf",
     tokenizer: str | None = None,
     report: str | None = None,
     eval_batches: int = 8,

@@ -166,7 +166,12 @@ def ptq(
         str,
         typer.Option("--algorithm", "-a", help=f"One of {', '.join(ALGORITHMS)}; a ModelOpt configuration (..._CFG); or a recipe's file."),
     ] = "fp8",
-    export_format: Annotated[str, typer.Option("--export-format", help=f"Form of the result: {', '.join(EXPORT_FORMATS)}.")] = "nemo",
+    export_format: Annotated[
+        str | None,
+        typer.Option(
+            "--export-format", help=f"Form of the result: {', '.join(EXPORT_FORMATS)}. Default: nemo; hf of a sweep.", show_default=False
+        ),
+    ] = None,
     awq_block_size: Annotated[int, typer.Option("--awq-block-size", help="Weights that share a scale in int4 formats.")] = 128,
     weight_only: Annotated[bool, typer.Option("--weight-only", help="Leave activations as they are.")] = False,
     kv_cache: Annotated[
@@ -228,10 +233,10 @@ def ptq(
         "overwrite": overwrite,
     }
     if not sweep:
-        _run("ptq", layout, json, export=ExportConfig(path=str(output), export_format=export_format), **common)
+        _run("ptq", layout, json, export=ExportConfig(path=str(output), export_format=export_format or "nemo"), **common)
         return
     names = [name.strip() for name in algorithms.split(",")] if algorithms is not None else list(ALGORITHMS)
-    chosen = {"algorithms": names, "export_format": export_format if export else None}
+    chosen = {"algorithms": names, "export_format": (export_format or "hf") if export else None}
     if _run("ptq_sweep", layout, json, output=str(output), **chosen, **common).failed:
         raise typer.Exit(1)
 

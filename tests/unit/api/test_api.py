@@ -228,7 +228,9 @@ def test_sweep(results, root):
         assert run.bits_per_weight == fp8.bits_per_weight
     int4 = sweep.runs["int4"].result
     assert (int4.block, int4.bits_per_weight) == ("16", 5.0), "a block of 128 was reduced to what fits"
-    assert read_info(int4).has_modelopt_state
+    assert "quantization_config" in json.loads((root / "sweep" / "int4" / "config.json").read_text())
+    for proof in (int4.proof, fp8.proof):
+        assert proof["logit_error"] <= proof["logit_bound"]
     assert int4.path == str(root / "sweep" / "int4")
     assert int4.time_s < sweep.time_s
     measured = results["measured"].runs["fp8"].result

@@ -166,8 +166,7 @@ def test_quantisation(place, check):
 
 
 def test_ptq(place):
-    with pytest.raises(ConfigError, match="'hf' is not supported yet"):
-        ptq(place, export=ExportConfig(path=place / "out", export_format="hf"))
+    ptq(place, export=ExportConfig(path=place / "out", export_format="hf"))
     with pytest.raises(ConfigError, match="blocks of 128 do not divide the 32 inputs of linear_qkv"):
         ptq(place, quantization=replace(QUANTIZATION, algorithm="int4"))
 

@@ -71,7 +71,7 @@ def test_each_algorithm_starts_from_the_checkpoint(quantised, tmp_path, capsys):
     (first, export, chunks, loss), (second, _, others, _) = quantised.calls
     assert (first.algorithm, first.sq_alpha, second.algorithm) == ("fp8", 0.25, "int4")
     assert second.awq_block_size == 32, "reduced to what fits"
-    assert (export.path, export.export_format) == (tmp_path / "out" / "fp8", "nemo")
+    assert (export.path, export.export_format) == (tmp_path / "out" / "fp8", "hf")
     assert (loss, chunks != others) == (5.0, True)
     assert "quantizers" not in capsys.readouterr().out, "the page has them"
     written = json.loads((tmp_path / "out" / "sweep.json").read_text())

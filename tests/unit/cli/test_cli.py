@@ -159,7 +159,11 @@ def test_quantisation_by_settings(started):
     assert (sweep["algorithms"], sweep["export_format"], sweep["report"]) == (["fp8", "int4"], None, "R.html")
     assert sweep["quantization"].enable_kv_cache
     call("ptq CKPT OUT --sweep")
+    assert started[-1][2]["export_format"] == "hf"
+    call("ptq CKPT OUT --sweep --export-format nemo")
     assert started[-1][2]["export_format"] == "nemo"
+    call("ptq CKPT OUT")
+    assert started[-1][2]["export"].export_format == "nemo"
 
 
 @pytest.mark.parametrize("flag", ["--algorithms fp8", "--no-export"])
