@@ -183,7 +183,7 @@ def check_ptq(
     """Checks the settings of `nemo_opt.api.ptq`."""
     from nemo_opt.quantize.blocks import check_blocks
 
-    _check_export_format(export.export_format, world_size, spec)
+    _check_export_format(export, world_size, spec)
     check_output(export.path, overwrite=overwrite)
     model, resolved = _check_quantisation(checkpoint, quantization, topology, world_size, data, tokenizer, eval_batches)
     check_blocks(quantization, model, tp=resolved.tp)
@@ -252,12 +252,19 @@ def _check_quantisation(
     return info.model, resolved
 
 
-def _check_export_format(export_format: str, world_size: int, spec: str | None) -> None:
+def _check_export_format(export: "ExportConfig", world_size: int, spec: str | None) -> None:
     """ModelOpt knows nothing of Transformer Engine's modules when it writes TensorRT-LLM checkpoints, and takes all ranks for TP and PP."""
-    if export_format == "trtllm" and (world_size > 1 or spec != "local"):
+    if export.export_format != "trtllm":
+        return
+    instead = "use hf (--export_format hf), which TensorRT-LLM reads too"
+    if world_size > 1 or spec != "local":
         raise ConfigError(
             f"export format 'trtllm' is written by ModelOpt from one rank and the layer spec local, got {world_size} ranks and spec "
-            f"{spec or 'te (the default)'}: use hf (--export_format hf), which TensorRT-LLM reads too, or one rank and --spec local"
+            f"{spec or 'te (the default)'}: {instead}, or one rank and --spec local"
+        )
+    if (export.inference_tp, export.inference_pp) != (1, 1):
+        raise ConfigError(
+            f"inference_tp {export.inference_tp}, inference_pp {export.inference_pp}: 'trtllm' is written for 1, 1: {instead}"
         )
 
 

@@ -30,8 +30,11 @@ from nemo_opt.quantize.config import ExportConfig, QuantizationConfig
 from nemo_opt.quantize.quantizer import Quantizer
 from nemo_opt.quantize.report import write_report
 from nemo_opt.quantize.sqnr import ActivationMeter, Rounding, measure_activations, weight_rounding
+from nemo_opt.training.sample import generate
 
 __all__ = ["Source", "ptq", "quantize_and_export"]
+
+_PROMPTS = ("Born in north-east France, Soyer trained as a", "I was born in")  # NeMo's
 
 
 def ptq(
@@ -121,9 +124,11 @@ def quantize_and_export(source: Source, chunks: list[Any], quantizer: Quantizer,
         loss_after = source.feed.loss(chunks)
     weights, activations = weight_rounding(chunks), meter.results() if meter is not None else {}
     bits = bits_per_weight(chunks)
-    path = None
+    path, continuations = None, dict[str, str]()
     if quantizer.export_config is not None:
         places: dict[str, Any] = {"topology": source.job.topology, "tokenizer_dir": source.tokenizer_dir, "overwrite": source.overwrite}
+        if quantizer.export_config.generate_sample:
+            continuations = dict(zip(_PROMPTS, generate(chunks, source.feed.tokenizer, _PROMPTS), strict=True))
         path = str(quantizer.export(chunks, proof_batches=source.feed.proof_batches(), **places))
     return PtqResult(
         **source.job.facts(chunks),
@@ -142,6 +147,7 @@ def quantize_and_export(source: Source, chunks: list[Any], quantizer: Quantizer,
         sqnr={kind: _summary(found) for kind, found in (("weights", weights), ("activations", activations)) if found},
         quantizer_facts={name: _facts(rounding, bits.by_name.get(name)) for name, rounding in (weights | activations).items()},
         proof=_proof_facts(getattr(quantizer, "proof", None)),
+        samples=continuations,
     )
 
 

@@ -110,6 +110,8 @@ class PtqResult(Result):
     """Of each quantizer by its global name: sqnr_db, amax and, of weights, bits."""
     proof: dict[str, Any] | None = None
     """What a reader of the exported files found; None where the format has no proof, or nothing was written."""
+    samples: dict[str, str] = field(default_factory=dict)
+    """Continuations by prompt, where they were asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)

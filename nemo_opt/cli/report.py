@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from nemo_opt import launch
@@ -107,6 +108,8 @@ def _quantisation_rows(result: PtqResult) -> Iterable[tuple[str, str]]:
         yield "bytes", _arrow(format_bytes(result.bytes_before), format_bytes(result.bytes_after))
     if result.proof is not None:
         yield "export proven", proof_text(result.proof)
+    for prompt, text in result.samples.items():
+        yield "sample", f"{prompt}[bold]{escape(text)}[/bold]"
 
 
 def _sweep_table(result: SweepResult) -> Table:

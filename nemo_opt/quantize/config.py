@@ -137,7 +137,7 @@ class ExportConfig(_FromAny):
     inference_pp: int = 1
     """Pipeline stages the export is cut for."""
     generate_sample: bool = False
-    """Generate text from two fixed prompts before exporting; refused for now."""
+    """Continue two fixed prompts with the quantised model, for a person to look at."""
 
     _FIRST_GENERATION: ClassVar[dict[str, str]] = {
         "inference_tensor_parallel": "inference_tp",
@@ -156,8 +156,7 @@ class ExportConfig(_FromAny):
             raise ConfigError(f"Unsupported export dtype {self.dtype!r}; known are {list(_DTYPES)}")
         for name in ("inference_tp", "inference_pp"):
             _check_positive_integer(name, getattr(self, name))
-        if self.generate_sample:
-            raise ConfigError("generate_sample is not supported yet; compare the losses before and after instead")
+        _check_bool("generate_sample", self.generate_sample)
 
     def __eq__(self, other: object) -> bool:
         return self._equals(other)

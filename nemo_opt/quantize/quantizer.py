@@ -36,7 +36,7 @@ from nemo_opt.quantize.awq import calibrate_awq
 from nemo_opt.quantize.blocks import check_recipe_blocks
 from nemo_opt.quantize.config import ExportConfig, QuantizationConfig
 from nemo_opt.quantize.export.artifacts import save_artifacts
-from nemo_opt.quantize.export.trtllm import export_trtllm
+from nemo_opt.quantize.export.trtllm import check_trtllm, export_trtllm
 from nemo_opt.quantize.export.unified import ExportPlan, export_quantized_hf
 from nemo_opt.quantize.proof import ProofReport, prove_checkpoint, prove_export
 from nemo_opt.quantize.recipes import get_quant_cfg_choices, kv_format, localized, needs_data, quant_cfg_of
@@ -190,7 +190,10 @@ class Quantizer:
             prove = partial(self._prove, chunks, proof_batches) if proof_batches else None
             return export_quantized_hf(chunks, path, dtype=_TORCH_DTYPES[str(config.dtype)], prove=prove, **places)
         if config.export_format == "trtllm":
-            return export_trtllm(chunks[0], path, export_tensorrt_llm_checkpoint, topology=topology, **self._engine(), **places)
+            engine = self._engine()
+            sizes = {"inference_tp": engine.pop("inference_tp"), "inference_pp": engine.pop("inference_pp")}
+            check_trtllm(spec=spec_of(chunks[0]), world_size=topology.world_size, **sizes)
+            return export_trtllm(chunks, path, write=export_tensorrt_llm_checkpoint, **engine, **places)
         recorded = {"quantization": self.quantization_config.algorithm, **(extra or {})}
         save_checkpoint(path, chunks, topology=topology, extra=recorded, **places)
         if proof_batches:

@@ -204,6 +204,7 @@ def _ptq_row(what: str, result: PtqResult, teacher_loss: float) -> Row:
     assert result.loss_before is not None
     assert result.loss_after is not None
     moved = abs(result.loss_after - teacher_loss)
+    assert result.bytes_after is not None
     # A quantiser that does nothing would leave the loss exactly where it was.
     good = 0 < moved <= FP8_MAX_LOSS and result.quantizers > 0 and abs(result.loss_before - teacher_loss) <= EQUAL_NATS
     return _row(

@@ -1,110 +1,182 @@
-"""TensorRT-LLM checkpoints, as far as ModelOpt 0.47 still writes them: whole, or not at all.
+"""TensorRT-LLM checkpoints (`config.json` and `rank0.safetensors`, for `trtllm-build`), where ModelOpt 0.47 still writes them, and checked.
 
-ModelOpt has deprecated this format in favour of Hugging Face directories, which TensorRT-LLM reads as well (`export_format="hf"`), and what
-remains of it is narrow: it does not know Transformer Engine's modules, whose norms are fused into the linear after them; it takes all ranks
-of the world for tensor and pipeline parallel ones; and where it fails it only warns, and leaves a file of another kind. So layouts are
-checked first, and the files afterwards.
+What was found in `modelopt.torch.export.export_tensorrt_llm_checkpoint`, and what follows:
+- It reads a Megatron-Core model whose norms are modules of their own, the layer spec local; with Transformer Engine's spec it ends in
+  `AttributeError: 'NoneType' object has no attribute 'eps'`. Block FP8 ends in an assertion. MXFP8 is in no engine that is built from it.
+- It splits and merges ranks through files that all of them must see. That is refused here: TensorRT-LLM of today reads Hugging Face
+  directories (`export_format="hf"`) and splits them itself.
+- Its files are read back, and every weight compared with the model's.
 """
 
+import contextlib
+import io
 import json
-import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import nemo_opt._stack
 
 import torch
-from safetensors import safe_open
+import torch.distributed as dist
+from safetensors.torch import load_file
 
 from nemo_opt.checkpoint import atomic
-from nemo_opt.collective import on_first
 from nemo_opt.errors import CheckpointError, ConfigError
-from nemo_opt.models.build import spec_of, unwrap
-from nemo_opt.parallel import Topology
-from nemo_opt.quantize.export.artifacts import save_artifacts
+from nemo_opt.models.config import ModelConfig
+from nemo_opt.models.huggingface import hf_weights
+from nemo_opt.models.huggingface_writer import TOKENIZER_FILES
+from nemo_opt.models.shards import GATE_SUFFIX, UP_SUFFIX
+from nemo_opt.models.sizes import model_config_of, spec_of, unwrap
+from nemo_opt.quantize.export.formats import Kind, LinearFormat, linear_formats
+from nemo_opt.quantize.reader.weights import LAYOUTS
+from nemo_opt.quantize.sqnr import quantized_weights
+from nemo_opt.quantize.tensors import quantizer_settings
 
-__all__ = ["export_trtllm"]
+__all__ = ["check_trtllm", "export_trtllm"]
 
-_INSTEAD = "use export_format='hf', which TensorRT-LLM reads too"
+_LAYOUTS = {Kind.FP8: "fp8", Kind.INT8: "int8", Kind.INT4: "int4_rows", Kind.W4A8: "w4a8", Kind.NVFP4: "nvfp4"}
+"""What is written, by the name of `reader.weights.LAYOUTS`, whose packing is the same."""
+_INSTEAD = "use export_format='hf', which TensorRT-LLM reads too, from any layout"
 _MARKS = ("config.json",)
+_LINEARS = {
+    "attention.qkv": ("self_attention.linear_qkv", "", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    "attention.dense": ("self_attention.linear_proj", "", ("self_attn.o_proj",)),
+    "mlp.fc": ("mlp.linear_fc1", GATE_SUFFIX, ("mlp.gate_proj",)),
+    "mlp.gate": ("mlp.linear_fc1", UP_SUFFIX, ("mlp.up_proj",)),
+    "mlp.proj": ("mlp.linear_fc2", "", ("mlp.down_proj",)),
+}
+"""TensorRT-LLM's linear -> Megatron's, the half of it, and Hugging Face's whose rows follow each other in it."""
+_WEIGHT_ERROR = 1e-3
+"""Relative (2-norm) error of a weight that is allowed: ModelOpt's exporter rounds by other expressions than its model.
+Seen: 2.5e-4, one INT8 value on a rounding edge."""
+
+Write = Callable[..., None]
+"""ModelOpt's `export_tensorrt_llm_checkpoint`, or what stands for it."""
+
+
+def check_trtllm(*, spec: str, world_size: int, inference_tp: int = 1, inference_pp: int = 1) -> None:
+    """Refuses, before any work, what ModelOpt does not write, or not in a way that can be checked here.
+
+    Args:
+        spec: Layer spec of the model, te or local.
+        world_size: Ranks.
+        inference_tp: Tensor-parallel ranks to cut for.
+        inference_pp: Pipeline stages to cut for.
+
+    Raises:
+        ConfigError: Names the obstacle and the alternative.
+
+    """
+    if spec != "local":
+        raise ConfigError(f"ModelOpt writes TensorRT-LLM checkpoints of the layer spec local only, this model has {spec}: {_INSTEAD}")
+    if world_size > 1:
+        raise ConfigError(f"TensorRT-LLM checkpoints are written from one rank, here are {world_size}: {_INSTEAD}")
+    if (inference_tp, inference_pp) != (1, 1):
+        raise ConfigError(f"inference_tp {inference_tp}, inference_pp {inference_pp}: only 1, 1 is written in this form: {_INSTEAD}")
 
 
 def export_trtllm(
-    model: Any,
-    out_dir: Path,
-    write: Callable[..., None],
+    chunks: Sequence[torch.nn.Module],
+    out_dir: str | Path,
     *,
-    topology: Topology,
-    decoder_type: str,
-    dtype: torch.dtype,
-    inference_tp: int,
-    inference_pp: int,
+    decoder_type: str | None = "llama",
+    dtype: torch.dtype = torch.bfloat16,
     tokenizer_dir: str | Path | None = None,
     overwrite: bool = False,
+    write: Write | None = None,
 ) -> Path:
-    """Writes a TensorRT-LLM checkpoint by ModelOpt's `export_tensorrt_llm_checkpoint`. Collective.
+    """Writes a quantised model as a TensorRT-LLM checkpoint, and compares what was written with the model.
 
     Args:
-        model: a quantised GPTModel of the layer spec local, on one rank.
-        out_dir: must not exist, or be empty.
-        write: ModelOpt's function.
-        topology: the model's layout.
-        decoder_type: kind of decoder, such as llama.
-        dtype: of what is not quantised.
-        inference_tp: tensor parallel ranks of the engine.
-        inference_pp: pipeline stages of the engine.
-        tokenizer_dir: its files are copied.
-        overwrite: replace an older one, once the new one is whole.
+        chunks: The model, on one rank, of the layer spec local.
+        out_dir: Must not exist, or be empty.
+        decoder_type: ModelOpt's name of the architecture; only llama.
+        dtype: Of what is not quantised: bfloat16 or float16.
+        tokenizer_dir: Its files are copied.
+        overwrite: Replace an older checkpoint.
+        write: ModelOpt's function, for those who hold it under a name of their own.
 
     Raises:
-        ConfigError: a layout or spec that ModelOpt does not write; names the alternative.
-        CheckpointError: ModelOpt has not written what was asked for; nothing is left behind.
+        ConfigError: ModelOpt writes no such checkpoint of this model; names the alternative.
+        CheckpointError: `out_dir` is not empty, ModelOpt failed, or what it wrote is another model; nothing is left behind.
 
     """
-    _check(model, topology, dtype)
-    work_dir = on_first(lambda: _begin(out_dir, overwrite))
-    sizes = {"inference_tensor_parallel": inference_tp, "inference_pipeline_parallel": inference_pp}
+    model, out_dir = model_config_of(chunks), Path(out_dir)
+    check_trtllm(spec=spec_of(chunks[0]), world_size=dist.get_world_size())
+    if decoder_type not in (None, "llama"):
+        raise ConfigError(f"decoder_type {decoder_type!r}: only llama is written")
+    formats = linear_formats(quantizer_settings(chunks))
+    if wrong := sorted(name for name, form in formats.items() if form.kind not in _LAYOUTS):
+        raise ConfigError(f"TensorRT-LLM's engines have no {formats[wrong[0]].kind} in this form ({wrong[0]}): {_INSTEAD}")
+    atomic.check_target(out_dir, overwrite=overwrite, marks=_MARKS)
+    atomic.remove_stale(out_dir)
+    work_dir = atomic.create_beside(out_dir)
     try:
-        write(model=unwrap(model), decoder_type=decoder_type, dtype=dtype, export_dir=work_dir, **sizes)
-        on_first(lambda: _check_files(work_dir, inference_tp * inference_pp))
-        save_artifacts(work_dir, tokenizer_dir=tokenizer_dir)
-        on_first(lambda: atomic.publish(work_dir, out_dir, overwrite=overwrite, marks=_MARKS))
+        _write(write or _upstream(), unwrap(chunks[0]), dtype, work_dir)
+        _check_config(work_dir, model)
+        _check_weights(work_dir, chunks, formats, model)
+        for name in TOKENIZER_FILES if tokenizer_dir is not None else ():
+            if (source := Path(tokenizer_dir or "") / name).is_file():
+                shutil.copyfile(source, work_dir / name)
+        atomic.publish(work_dir, out_dir, overwrite=overwrite, marks=_MARKS)
     finally:
-        on_first(lambda: shutil.rmtree(work_dir, ignore_errors=True))
+        shutil.rmtree(work_dir, ignore_errors=True)
     return out_dir
 
 
-def _check(model: Any, topology: Topology, dtype: torch.dtype) -> None:
-    if topology.world_size > 1:
-        raise ConfigError(f"export_format 'trtllm' is written from one rank, not from {topology.name}: {_INSTEAD}, or export at TP1PP1")
-    if spec_of(model) != "local":
-        raise ConfigError(f"ModelOpt writes no TensorRT-LLM checkpoint of the layer spec te: quantise with spec local, or {_INSTEAD}")
-    if dtype not in (torch.float16, torch.bfloat16):
-        raise ConfigError(f"TensorRT-LLM checkpoints hold float16 or bfloat16, not {dtype}")
+def _upstream() -> Write:
+    from modelopt.torch.export import export_tensorrt_llm_checkpoint
+
+    return export_tensorrt_llm_checkpoint  # type: ignore[no-any-return]
 
 
-def _begin(out_dir: Path, overwrite: bool) -> Path:
-    atomic.check_target(out_dir, overwrite=overwrite, marks=_MARKS)
-    atomic.remove_stale(out_dir)
-    return atomic.create_beside(out_dir)
+def _write(write: Write, model: Any, dtype: torch.dtype, folder: Path) -> None:
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints the name of every layer
+            write(model, "llama", dtype, str(folder), 1, 1)
+    except Exception as error:
+        raise CheckpointError(f"ModelOpt's TensorRT-LLM export failed: {type(error).__name__}: {error}; {_INSTEAD}") from error
 
 
-def _check_files(directory: Path, ranks: int) -> None:
-    """The description, and a whole file of finite weights with their scales for every rank of the engine."""
-    config = directory / "config.json"
-    if not config.is_file():
-        raise CheckpointError(f"ModelOpt wrote no config.json: {_INSTEAD}")
-    quantization = json.loads(config.read_text(encoding="utf-8")).get("quantization", {})
-    for rank in range(ranks):
-        file = directory / f"rank{rank}.safetensors"
-        if not file.is_file():
-            raise CheckpointError(f"ModelOpt wrote no {file.name} for an engine of {ranks} ranks: {_INSTEAD}")
-        with safe_open(file, framework="pt") as weights:
-            names = list(weights.keys())
-            bad = [name for name in names if not math.isfinite(float(weights.get_tensor(name).float().sum()))]
-        if bad:
-            raise CheckpointError(f"{file.name} holds {len(bad)} tensors that are not finite, first {bad[0]}: {_INSTEAD}")
-        if quantization.get("quant_algo") is None or not any(name.endswith("weights_scaling_factor") for name in names):
-            raise CheckpointError(f"{file.name} is not quantised ({quantization}): {_INSTEAD}")
+def _check_config(folder: Path, model: ModelConfig) -> None:
+    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    expected = {
+        "num_hidden_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_query_groups,
+        "head_size": model.head_dim,
+        "norm_epsilon": model.norm_epsilon,
+        "rotary_base": model.rotary_base,
+    }
+    if wrong := {name: (written.get(name), value) for name, value in expected.items() if written.get(name) != value}:
+        raise CheckpointError(f"ModelOpt wrote a config.json that is not the model's, (written, model): {wrong}; {_INSTEAD}")
+    if model.rope_scaling is not None and not written.get("rotary_scaling"):
+        raise CheckpointError(f"ModelOpt's TensorRT-LLM export drops the model's RoPE scaling: {_INSTEAD}")
+
+
+def _check_weights(folder: Path, chunks: Sequence[torch.nn.Module], formats: Mapping[str, LinearFormat], model: ModelConfig) -> None:
+    files = {name: tensor for path in sorted(folder.glob("rank*.safetensors")) for name, tensor in load_file(path).items()}
+    fake = {name.removesuffix(".weight_quantizer"): quantizer(weight).detach() for name, weight, quantizer in quantized_weights(chunks)}
+    for layer in range(model.num_layers):
+        for theirs, (megatron, half, rows) in _LINEARS.items():
+            linear, name = f"decoder.layers.{layer}.{megatron}", f"transformer.layers.{layer}.{theirs}"
+            if linear not in formats:
+                continue
+            memory = fake[linear].chunk(2)[half == UP_SUFFIX] if half else fake[linear]
+            parts = hf_weights(f"{linear}.weight{half}", memory, model)
+            expected = torch.cat([parts[f"model.layers.{layer}.{part}.weight"] for part in rows])
+            error = float((_decoded(files, name, formats[linear]) - expected).norm() / expected.norm())
+            if not error <= _WEIGHT_ERROR:
+                raise CheckpointError(f"ModelOpt wrote {name} with a relative error of {error:.2g}, at most {_WEIGHT_ERROR} is allowed")
+
+
+def _decoded(files: Mapping[str, torch.Tensor], name: str, form: LinearFormat) -> torch.Tensor:
+    names = {"weight": "weight", "weight_scale": "weights_scaling_factor", "weight_scale_2": "weights_scaling_factor_2"}
+    tensors = {ours: files[f"{name}.{theirs}"] for ours, theirs in names.items() if f"{name}.{theirs}" in files}
+    if form.kind in (Kind.INT4, Kind.W4A8):
+        tensors["weight"] = tensors["weight"].view(torch.uint8)
+    return LAYOUTS[_LAYOUTS[form.kind]].decode(tensors, form.block)

@@ -274,10 +274,11 @@ def test_export_needs_a_layout():
 @pytest.fixture
 def written():
     """Every writer and every proof, replaced."""
-    names = ("save_checkpoint", "export_quantized_hf", "export_trtllm", "prove_checkpoint", "prove_export")
+    names = ("save_checkpoint", "export_quantized_hf", "check_trtllm", "export_trtllm", "prove_checkpoint", "prove_export")
     with ExitStack() as stack:
         mocks = {name: stack.enter_context(patch(f"{HERE}.{name}")) for name in names}
         stack.enter_context(patch(f"{HERE}.unwrap", side_effect=lambda model: model[0]))
+        stack.enter_context(patch(f"{HERE}.spec_of", return_value="local"))
         yield MagicMock(**mocks)
 
 
@@ -308,16 +309,14 @@ def test_trtllm_gets_modelopts_writer_and_the_engines_sizes(written):
     from nemo_opt.quantize.quantizer import export_tensorrt_llm_checkpoint
 
     model = MagicMock()
-    _exporter(inference_tp=2, inference_pp=3, decoder_type="gemma").export([model], topology=Topology(), overwrite=True)
+    _exporter(inference_tp=2, inference_pp=3, decoder_type="gemma").export([model], topology=Topology(tp=2), overwrite=True)
+    written.check_trtllm.assert_called_once_with(spec="local", world_size=2, inference_tp=2, inference_pp=3)
     written.export_trtllm.assert_called_once_with(
-        model,
+        [model],
         Path("out"),
-        export_tensorrt_llm_checkpoint,
-        topology=Topology(),
+        write=export_tensorrt_llm_checkpoint,
         decoder_type="gemma",
         dtype=torch.bfloat16,
-        inference_tp=2,
-        inference_pp=3,
         tokenizer_dir=None,
         overwrite=True,
     )

@@ -87,12 +87,9 @@ class TestPtq:
     @pytest.mark.parametrize(
         ("flags", "message"),
         [
-            (["--export_format", "trtllm"], "--export_format trtllm is not supported yet: add --export_format nemo"),
-            (["--export_format", "hf"], "--export_format hf is not supported yet"),
             (["--trust_remote_code"], "--trust_remote_code is not supported"),
             (["-calib_ds", "cnn_dailymail"], "cnn_dailymail would have to be downloaded"),
             (["-algo", "fp9"], "fp9"),
-            (["--generate_sample"], "generate_sample"),
             (["-ctp", "2", "--devices", "3", "--num_nodes", "1"], "world_size 3"),
             (["-nodes", "2", "-cpp", "2"], "start the script with torchrun on each node"),
             (["--devices", "0"], "devices 0"),
@@ -102,8 +99,10 @@ class TestPtq:
         assert message in refused(capsys, ptq.main([*PTQ, *flags]))
         assert not started
 
-    def test_nemos_default_export_format_is_refused_by_name(self, started, capsys):
-        assert "--export_format nemo" in refused(capsys, ptq.main(PTQ[:4]))
+    @pytest.mark.parametrize(("flags", "expected"), [([], "trtllm"), (["--export_format", "hf"], "hf")])
+    def test_export_formats(self, started, flags, expected):
+        assert ptq.main([*PTQ[:4], *flags]) == 0
+        assert started[0][1]["export"].export_format == expected
 
     def test_no_quant_and_legacy(self, started, capsys):
         assert ptq.main([*PTQ, "-algo", "no_quant", "--legacy_ckpt", "--disable_kv_cache"]) == 0
