@@ -224,3 +224,157 @@ def test_two_formats_in_sequence_count_as_the_narrower():
     scales = {"w.0._amax_w": 24, "w.0._amax_v": 24, "w.1._amax": 1, "w._amax": 7, "v.0._amax": 9}
     assert _elements(scales, "w.0._amax") == 48
     assert _bits("w", 3072, scales, form) == 3072 * 4 + 48 * 16 + 32, "block scales of 16 bits, and one of 32 for the tensor"
+
+
+class _Layer(torch.nn.Module):
+    def __init__(self, number):
+        super().__init__()
+        self.layer_number = number
+        self.linear_fc1 = torch.nn.Linear(8, 4, bias=False)
+        self.linear_fc2 = torch.nn.Linear(4, 8, bias=False)
+
+    def forward(self, x):
+        return self.linear_fc2(self.linear_fc1(x))
+
+
+class _Stage(torch.nn.Module):
+    """The third and fourth layer of a model."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(4)
+        self.decoder = torch.nn.Module()
+        self.decoder.layers = torch.nn.ModuleList([_Layer(3), _Layer(4)])
+        self.to(torch.bfloat16)
+
+    def forward(self, x):
+        return self.decoder.layers[1](self.decoder.layers[0](x))
+
+
+@pytest.fixture
+def stage():
+    """Two layers in INT8, the first one's fc2 in INT4 and then FP8, the second one's fc2 not at all; no ranks."""
+    import modelopt.torch.quantization as mtq
+
+    from nemo_opt.quantize import sqnr, tensors
+
+    in_sequence = [{"num_bits": 4, "block_sizes": {-1: 4, "type": "static"}}, {"num_bits": (4, 3)}]
+    more = [
+        {"quantizer_name": "*layers.0.linear_fc2.weight_quantizer", "cfg": in_sequence},
+        {"quantizer_name": "*layers.1.linear_fc2.*", "enable": False},
+    ]
+    model = _Stage()
+    model.x = torch.randn(6, 8, dtype=torch.bfloat16)
+    mtq.quantize(model, {"quant_cfg": [*mtq.INT8_DEFAULT_CFG["quant_cfg"], *more], "algorithm": "max"}, lambda model: model(model.x))
+    with (
+        patch.object(sqnr, "unwrap", lambda chunk: chunk),
+        patch.object(tensors, "unwrap", lambda chunk: chunk),
+        patch.object(sqnr.dist, "get_world_size", lambda: 1),
+        patch.object(sqnr.dist, "all_gather_object", lambda everyone, own: everyone.__setitem__(0, own)),
+    ):
+        yield model
+
+
+def _db(x, rounded):
+    x, rounded = x.double(), rounded.double()
+    return 10 * math.log10(x.pow(2).sum() / (x - rounded).pow(2).sum())
+
+
+def test_every_quantised_weight_has_its_global_name(stage):
+    from nemo_opt.quantize.sqnr import weight_rounding
+
+    rounding = weight_rounding([stage])
+    linears = {f"decoder.layers.{2 + i}.{name}": layer.get_submodule(name) for i, layer in enumerate(stage.decoder.layers) for name in FCS}
+    del linears["decoder.layers.3.linear_fc2"]
+    assert list(rounding) == [f"{name}.weight_quantizer" for name in sorted(linears)]
+    for name, linear in linears.items():
+        found, weight = rounding[f"{name}.weight_quantizer"], linear.weight.detach()
+        assert found.sqnr_db == pytest.approx(_db(weight, linear.weight_quantizer(weight)), abs=1e-9)
+        assert found.amax == float(weight.abs().max())
+
+
+FCS = ("linear_fc1", "linear_fc2")
+
+
+def test_chunks_of_one_rank_add_to_one_result(stage):
+    from nemo_opt.quantize.sqnr import weight_rounding
+
+    assert weight_rounding([stage, stage]) == weight_rounding([stage]), "the same names: twice the signal, twice the noise"
+
+
+def test_activations_that_pass_are_measured_and_then_no_more(stage):
+    from nemo_opt.quantize.sqnr import measure_activations
+
+    fc1 = stage.decoder.layers[0].linear_fc1
+    fc1.input_quantizer.pre_quant_scale = torch.linspace(0.5, 1, 8).bfloat16()
+    parts = [stage.x[:2], stage.x[2:], stage.x[:0]]
+    with measure_activations([stage]) as meter:
+        for part in parts:
+            stage(part)
+    stage(100 * stage.x)
+    results = meter.results()
+    names = ["decoder.layers.2.linear_fc1", "decoder.layers.2.linear_fc2", "decoder.layers.3.linear_fc1"]
+    assert list(results) == [f"{name}.input_quantizer" for name in names]
+    found = results["decoder.layers.2.linear_fc1.input_quantizer"]
+    scaled = stage.x * fc1.input_quantizer.pre_quant_scale
+    assert found.sqnr_db == pytest.approx(_db(scaled, fc1.input_quantizer(stage.x).detach()), abs=1e-9)
+    assert found.amax == float(stage.x.abs().max())
+    assert not any(module._forward_hooks for module in stage.modules())
+
+
+def test_watching_ends_when_a_pass_fails(stage):
+    from nemo_opt.quantize.sqnr import measure_activations
+
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), measure_activations([stage]):
+        stage(stage.x[:, :3])
+    assert not any(module._forward_hooks for module in stage.modules())
+
+
+def test_weights_of_grouped_linears_have_a_quantizer_each():
+    """Transformer Engine holds a rank's experts in one module, its weights by number."""
+    from modelopt.torch.quantization.nn import GroupedQuantizer, TensorQuantizer
+
+    from nemo_opt.quantize import sqnr
+
+    class Grouped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight_quantizer = GroupedQuantizer(TensorQuantizer(), TensorQuantizer(), TensorQuantizer())
+            self.weight_quantizer[1].disable()
+
+        def iter_weights_for_calibration(self):
+            return zip("abc", self.weight_quantizer, strict=True)
+
+    model = torch.nn.Module()
+    model.mlp = torch.nn.Module()
+    model.mlp.local_expert_indices = [4, 5, 6]
+    model.mlp.experts = torch.nn.Module()
+    model.mlp.experts.linear_fc1 = Grouped()
+    with patch.object(sqnr, "unwrap", lambda chunk: chunk), patch.object(sqnr, "QuantModule", Grouped):
+        found = [(name, weight) for name, weight, _ in sqnr.quantized_weights([model])]
+    assert found == [(f"mlp.experts.experts.{number}.linear_fc1.weight_quantizer", weight) for number, weight in ((4, "a"), (6, "c"))]
+
+
+def test_results_differ_by_rank_in_names_too():
+    from nemo_opt.quantize import sqnr
+
+    def gather(everyone, own):
+        everyone[:] = [{"b": (100.0, 1.0, 1.0)}, {"a": (0.0, 1.0, None), "b": (0.0, 0.0, 3.0)}]
+
+    with patch.object(sqnr.dist, "get_world_size", lambda: 2), patch.object(sqnr.dist, "all_gather_object", gather):
+        results = sqnr.ActivationMeter().results()
+    assert list(results) == ["a", "b"]
+    assert (results["b"].sqnr_db, results["b"].amax) == (pytest.approx(20), 3)
+    assert (results["a"].sqnr_db, results["a"].amax) == (None, None)
+    with pytest.raises(AttributeError):
+        results["a"].amax = 1
+
+
+def test_squares_are_summed_in_float64():
+    from nemo_opt.quantize import sqnr
+
+    values = torch.full((1 << 12,), 1 + 2**-12)
+    assert sqnr._square(values) == pytest.approx((1 << 12) * (1 + 2**-12) ** 2, rel=1e-12)
+    sums = sqnr._Sums()
+    sqnr._add(sums, torch.tensor([3.0, 4.0], dtype=torch.bfloat16), torch.tensor([3.0078125, 4.0]))
+    assert (sums.signal, sums.noise) == (pytest.approx(25), pytest.approx(0.0078125**2))

@@ -1,5 +1,8 @@
 """amax at several layouts and both specs against the single rank, and against the weights themselves."""
 
+from types import SimpleNamespace
+from unittest.mock import patch
+
 import pytest
 import torch
 
@@ -190,3 +193,129 @@ def test_every_amax_finds_its_place_at_another_layout(ranks, saved, layout, load
             for rows, amax in after["maxima"]:  # beside the weights: an amax in the wrong row hardly moves the loss
                 assert torch.equal(amax, rows) or amax.numel() == 1
             assert after["loss"] == pytest.approx(before[case]["loss"], rel=LOSS_TOLERANCE)
+
+
+def _stage():
+    """Third and fourth layer of a model whose fourth has experts 4 and 5 of all on this rank."""
+    model = torch.nn.Module()
+    model.decoder = torch.nn.Module()
+    model.decoder.layers = torch.nn.ModuleList([torch.nn.Module(), torch.nn.Module()])
+    for number, layer in enumerate(model.decoder.layers, start=3):
+        layer.layer_number = number
+        layer.mlp = torch.nn.Module()
+        layer.mlp.linear_fc1 = torch.nn.Linear(2, 2)
+    model.decoder.layers[1].mlp.local_expert_indices = [4, 5]
+    model.decoder.layers[0].mlp.local_expert_indices = []
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("decoder.layers.0.mlp.linear_fc1.input_quantizer", "decoder.layers.2.mlp.linear_fc1.input_quantizer"),
+        ("decoder.layers.1.self_attention.linear_qkv", "decoder.layers.3.self_attention.linear_qkv"),
+        ("output_layer.weight_quantizer", "output_layer.weight_quantizer"),
+        ("decoder.layers.1.mlp.experts.local_experts.1.linear_fc2.w", "decoder.layers.3.mlp.experts.experts.5.linear_fc2.w"),
+        (
+            "decoder.layers.1.mlp.experts.linear_fc1.weight_quantizer.0",
+            "decoder.layers.3.mlp.experts.experts.4.linear_fc1.weight_quantizer",
+        ),
+        (
+            "decoder.layers.1.mlp.experts.linear_fc1.weight_quantizer.1",
+            "decoder.layers.3.mlp.experts.experts.5.linear_fc1.weight_quantizer",
+        ),
+        ("decoder.layers.1.mlp.experts.linear_fc2.input_quantizer", "decoder.layers.3.mlp.experts.experts.linear_fc2.input_quantizer"),
+        ("decoder.layers.1.mlp.shared_experts.linear_fc1", "decoder.layers.3.mlp.shared_experts.linear_fc1"),
+        ("decoder.layers.1.mlp_of_another.experts.linear_fc1", "decoder.layers.3.mlp_of_another.experts.linear_fc1"),
+    ],
+)
+def test_names_count_over_stages_and_ranks(name, expected):
+    from nemo_opt.quantize.tensors import global_names
+
+    assert global_names(_stage())(name) == expected
+
+
+def test_halves_of_a_gated_mlp_are_one_amax_gate_first():
+    """Keys are those of `quantizer_shards`: sorted, so the up rows (_v) come before the gate rows (_w)."""
+    from nemo_opt.quantize import tensors
+
+    found = [
+        ("b.input_quantizer._amax", torch.tensor([3.0])),
+        ("b.input_quantizer._pre_quant_scale", torch.ones(4)),
+        ("b.weight_quantizer._amax_v", torch.tensor([[3.0], [4.0]])),
+        ("b.weight_quantizer._amax_w", torch.tensor([[1.0], [2.0]])),
+        ("a.weight_quantizer.0._amax", torch.arange(6.0).view(2, 3).bfloat16()),
+        ("c.weight_quantizer._amax", torch.tensor(7)),
+    ]
+    with (
+        patch.object(tensors, "full_tensors", lambda shards: iter(found)),
+        patch.object(tensors, "quantizer_shards"),
+        patch.object(tensors.dist, "broadcast_object_list") as sent,
+    ):
+        amax = tensors.amax_by_name([])
+    assert {name: value.tolist() for name, value in amax.items()} == {
+        "a.weight_quantizer.0": [[0, 1, 2], [3, 4, 5]],
+        "b.input_quantizer": 3,
+        "b.weight_quantizer": [1, 2, 3, 4],
+        "c.weight_quantizer": 7,
+    }
+    assert list(amax) == sorted(amax)
+    assert all(value.dtype == torch.float32 for value in amax.values())
+    assert sent.call_args.kwargs == {"src": 0}
+
+
+def test_amax_is_what_rank_0_has():
+    from nemo_opt.quantize import tensors
+
+    def broadcast(message, src):
+        assert message == [{}]
+        message[0] = {"b": 2, "a": 1}
+
+    with (
+        patch.object(tensors, "full_tensors", lambda shards: iter([("a._amax", None)])),
+        patch.object(tensors, "quantizer_shards"),
+        patch.object(tensors.dist, "broadcast_object_list", broadcast),
+    ):
+        assert list(tensors.amax_by_name([]).items()) == [("a", 1), ("b", 2)]
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (1, 3), (2, 3, 1), (3,)])
+def test_blocks_keep_their_shape(shape):
+    from nemo_opt.quantize.tensors import _shaped
+
+    assert _shaped(torch.ones(shape)).shape == shape
+
+
+def test_settings_are_of_enabled_quantizers_on_any_rank():
+    from modelopt.torch.quantization.config import QuantizerAttributeConfig
+    from modelopt.torch.quantization.nn import TensorQuantizer
+
+    from nemo_opt.quantize import tensors
+    from nemo_opt.quantize.tensors import QuantizerSettings, quantizer_settings
+
+    model, blocks = _stage(), {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}
+    fc1 = model.decoder.layers[0].mlp.linear_fc1
+    fc1.weight_quantizer = TensorQuantizer(QuantizerAttributeConfig(num_bits=(2, 1), block_sizes=blocks))
+    fc1.input_quantizer = TensorQuantizer(QuantizerAttributeConfig(num_bits=8, axis=0))
+    fc1.output_quantizer = TensorQuantizer()
+    fc1.output_quantizer.disable()
+    other = QuantizerSettings(num_bits=4, axis=None, block_sizes={-1: 16, "type": "static"})
+
+    def gather(everyone, own):
+        everyone[:] = [own, {"a": other}]
+
+    with (
+        patch.object(tensors, "unwrap", lambda chunk: chunk.model),
+        patch.object(tensors.dist, "get_world_size", lambda: 2),
+        patch.object(tensors.dist, "all_gather_object", gather),
+    ):
+        settings = quantizer_settings([SimpleNamespace(model=model)])
+    name = "decoder.layers.2.mlp.linear_fc1"
+    assert list(settings.items()) == [
+        ("a", other),
+        (f"{name}.input_quantizer", QuantizerSettings(num_bits=8, axis=0, block_sizes=None)),
+        (f"{name}.weight_quantizer", QuantizerSettings(num_bits=(2, 1), axis=None, block_sizes=blocks)),
+    ]
+    assert [setting.is_dynamic for setting in settings.values()] == [False, False, True]
+    with pytest.raises(AttributeError):
+        other.axis = 0
