@@ -203,14 +203,15 @@ def check_ptq_sweep(
     tokenizer: str | None = None,
     report: str | None = None,
     eval_batches: int = 8,
+    spec: str | None = None,
     overwrite: bool = False,
     **_: Any,
 ) -> None:
     """Checks the settings of `nemo_opt.api.ptq_sweep`; whether a single algorithm suits the model is said in the table."""
-    from nemo_opt.quantize.config import EXPORT_FORMATS
+    from nemo_opt.quantize.config import ExportConfig
 
-    if export_format is not None and export_format not in EXPORT_FORMATS:
-        raise ConfigError(f"Unsupported export format {export_format!r}; known are {list(EXPORT_FORMATS)}")
+    if export_format is not None:
+        _check_export_format(ExportConfig(path=output, export_format=export_format), world_size, spec)
     names = [sweep_name(algorithm) for algorithm in algorithms]
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"algorithms {list(algorithms)}: give at least one, and none twice (each is a directory of its own)")
