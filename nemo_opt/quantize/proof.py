@@ -39,7 +39,7 @@ from nemo_opt.quantize.tensors import quantizer_settings
 from nemo_opt.training.logits import gather_logits
 from nemo_opt.training.losses import Batch
 
-__all__ = ["ProofReport", "prove_checkpoint", "prove_export"]
+__all__ = ["ProofReport", "prove_checkpoint", "prove_export", "random_batches"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +143,31 @@ def prove_checkpoint(path: str | Path, chunks: list[Any], topology: Topology, ba
     except NemoOptError:
         on_first(lambda: atomic.discard(Path(path)))
         raise
+
+
+def random_batches(vocab_size: int, seq_length: int, *, count: int = 2, rows: int = 4, seed: int = 1) -> list[Batch]:
+    """Random tokens to compare two models on where there is no text: the same on every rank.
+
+    Args:
+        vocab_size: Tokens to draw from.
+        seq_length: S.
+        count: Batches.
+        rows: B.
+        seed: Of the draw.
+
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randint(0, vocab_size, (rows, seq_length + 1), generator=generator) for _ in range(count)]
+    return [
+        {
+            "tokens": tokens[:, :-1].contiguous(),
+            "labels": tokens[:, 1:].contiguous(),
+            "loss_mask": torch.ones(rows, seq_length),
+            "position_ids": torch.arange(seq_length).expand(rows, seq_length).contiguous(),
+            "attention_mask": None,
+        }
+        for tokens in drawn
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------- bounds

@@ -5,6 +5,7 @@ What was found in `modelopt.torch.export.export_tensorrt_llm_checkpoint`, and wh
   `AttributeError: 'NoneType' object has no attribute 'eps'`. Block FP8 ends in an assertion. MXFP8 is in no engine that is built from it.
 - It splits and merges ranks through files that all of them must see. That is refused here: TensorRT-LLM of today reads Hugging Face
   directories (`export_format="hf"`) and splits them itself.
+- Of RoPE's scaling it writes the kind and not the numbers, so that engines take Llama 3.1's; they are put in here.
 - Its files are read back, and every weight compared with the model's.
 """
 
@@ -13,6 +14,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +117,7 @@ def export_trtllm(
     work_dir = atomic.create_beside(out_dir)
     try:
         _write(write or _upstream(), unwrap(chunks[0]), dtype, work_dir)
-        _check_config(work_dir, model)
+        _complete_config(work_dir, model)
         _check_weights(work_dir, chunks, formats, model)
         for name in TOKENIZER_FILES if tokenizer_dir is not None else ():
             if (source := Path(tokenizer_dir or "") / name).is_file():
@@ -140,7 +142,7 @@ def _write(write: Write, model: Any, dtype: torch.dtype, folder: Path) -> None:
         raise CheckpointError(f"ModelOpt's TensorRT-LLM export failed: {type(error).__name__}: {error}; {_INSTEAD}") from error
 
 
-def _check_config(folder: Path, model: ModelConfig) -> None:
+def _complete_config(folder: Path, model: ModelConfig) -> None:
     written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     expected = {
         "num_hidden_layers": model.num_layers,
@@ -154,8 +156,9 @@ def _check_config(folder: Path, model: ModelConfig) -> None:
     }
     if wrong := {name: (written.get(name), value) for name, value in expected.items() if written.get(name) != value}:
         raise CheckpointError(f"ModelOpt wrote a config.json that is not the model's, (written, model): {wrong}; {_INSTEAD}")
-    if model.rope_scaling is not None and not written.get("rotary_scaling"):
-        raise CheckpointError(f"ModelOpt's TensorRT-LLM export drops the model's RoPE scaling: {_INSTEAD}")
+    if model.rope_scaling is not None:
+        written["rotary_scaling"] = {"type": "llama3", **asdict(model.rope_scaling)}
+        (folder / "config.json").write_text(json.dumps(written, indent=4), encoding="utf-8")
 
 
 def _check_weights(folder: Path, chunks: Sequence[torch.nn.Module], formats: Mapping[str, LinearFormat], model: ModelConfig) -> None:

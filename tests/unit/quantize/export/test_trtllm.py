@@ -1,137 +1,137 @@
-"""ModelOpt's TensorRT-LLM writer is believed in nothing: layouts are checked before, files after, and a failure leaves nothing behind."""
+"""TensorRT-LLM checkpoints by ModelOpt: which it writes, that they are checked, and what is refused."""
 
 import json
-from types import SimpleNamespace
-from unittest.mock import patch
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from nemo_opt.errors import CheckpointError, ConfigError
-from nemo_opt.parallel import Topology
-from nemo_opt.quantize.export.artifacts import save_artifacts
-from nemo_opt.quantize.export.trtllm import export_trtllm
+from nemo_opt.models.config import RopeScaling
+from nemo_opt.parallel import Topology, parallel
+from nemo_opt.quantize.export.trtllm import check_trtllm, export_trtllm
+from nemo_opt.testing.quantized import SMALL, small_quantized
 
-HERE = "nemo_opt.quantize.export.trtllm"
-ENGINE = {"decoder_type": "llama", "dtype": torch.float16, "inference_tp": 1, "inference_pp": 1}
-WEIGHTS = {"layer.weight": torch.ones(2).to(torch.float8_e4m3fn), "layer.weights_scaling_factor": torch.ones(1)}
-
-
-@pytest.fixture(autouse=True)
-def local_spec():
-    with patch(f"{HERE}.spec_of", return_value="local") as spec, patch(f"{HERE}.unwrap", side_effect=lambda model: model):
-        yield spec
+UNPADDED = SMALL.with_(vocab_size=128)
 
 
-def writer(*, ranks=1, quantization=None, weights=WEIGHTS, config=True):
-    def write(*, model, decoder_type, dtype, export_dir, inference_tensor_parallel, inference_pipeline_parallel):
-        assert (model, decoder_type, dtype) == ("model", "llama", torch.float16)
-        write.sizes = (inference_tensor_parallel, inference_pipeline_parallel)
-        if config:
-            (export_dir / "config.json").write_text(json.dumps({"quantization": quantization or {"quant_algo": "FP8"}}))
-        for rank in range(ranks):
-            save_file(weights, export_dir / f"rank{rank}.safetensors")
+@pytest.fixture(scope="module")
+def one():
+    with parallel(Topology()) as topology:
+        yield topology
+
+
+def _quantized(one, algorithm, spec="local", **changes):
+    return small_quantized(algorithm, one, spec=spec, model=UNPADDED.with_(**changes))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "said"),
+    [("fp8", "FP8"), ("int8_sq", "W8A8_SQ_PER_CHANNEL"), ("int4_awq", "W4A16_AWQ"), ("w4a8_awq", "W4A8_AWQ"), ("nvfp4", "NVFP4")],
+)
+def test_what_modelopt_writes_is_the_model(one, tmp_path, algorithm, said):
+    directory = export_trtllm(_quantized(one, algorithm), tmp_path / "out")
+    assert {path.name for path in directory.iterdir()} == {"config.json", "rank0.safetensors"}
+    config = json.loads((directory / "config.json").read_text())
+    assert config["quantization"]["quant_algo"] == said
+    assert config["architecture"] == "LlamaForCausalLM"
+    tensors = load_file(directory / "rank0.safetensors")
+    assert tensors["transformer.layers.1.attention.qkv.weights_scaling_factor"].float().isfinite().all()
+    assert tensors["lm_head.weight"].dtype == torch.bfloat16
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_modelopt_cannot_write_transformer_engines_layers(one, tmp_path):
+    from modelopt.torch.export import export_tensorrt_llm_checkpoint
+
+    chunks = _quantized(one, "fp8", spec="te")
+    with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'eps'"):
+        export_tensorrt_llm_checkpoint(chunks[0], "llama", torch.bfloat16, str(tmp_path), 1, 1)
+    with pytest.raises(ConfigError, match=r"layer spec local only, this model has te: use export_format='hf', which TensorRT-LLM reads"):
+        export_trtllm(chunks, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"spec": "te"}, "this model has te"),
+        ({"world_size": 2}, "written from one rank, here are 2"),
+        ({"inference_tp": 2}, "inference_tp 2, inference_pp 1: only 1, 1"),
+        ({"inference_pp": 2}, "inference_tp 1, inference_pp 2: only 1, 1"),
+    ],
+)
+def test_what_is_not_written_is_refused_at_once(changes, message):
+    check_trtllm(spec="local", world_size=1)
+    with pytest.raises(ConfigError, match=message + ".*use export_format='hf'"):
+        check_trtllm(**({"spec": "local", "world_size": 1} | changes))
+
+
+@pytest.mark.parametrize("algorithm", ["mxfp8", "block_fp8"])
+def test_formats_without_an_engine_are_refused(one, tmp_path, algorithm):
+    with pytest.raises(ConfigError, match=f"have no {algorithm} in this form .*use export_format='hf'"):
+        export_trtllm(_quantized(one, algorithm), tmp_path / "out")
+
+
+def test_another_decoder_is_refused(one, tmp_path):
+    with pytest.raises(ConfigError, match="decoder_type 'gpt': only llama"):
+        export_trtllm(_quantized(one, "fp8"), tmp_path / "out", decoder_type="gpt")
+
+
+def test_an_existing_directory_is_refused(one, tmp_path):
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(CheckpointError, match="exists and is not empty"):
+        export_trtllm(_quantized(one, "fp8"), tmp_path)
+
+
+def _spoiled(edit):
+    from modelopt.torch.export import export_tensorrt_llm_checkpoint
+
+    def write(model, decoder_type, dtype, folder, *sizes):
+        export_tensorrt_llm_checkpoint(model, decoder_type, dtype, folder, *sizes)
+        tensors = load_file(f"{folder}/rank0.safetensors")
+        edit(tensors)
+        save_file(tensors, f"{folder}/rank0.safetensors")
 
     return write
 
 
-def test_whole_exports_appear_with_the_tokenizer(tmp_path):
-    (tmp_path / "tok").mkdir()
-    (tmp_path / "tok" / "tokenizer.json").write_text("{}")
-    write = writer(ranks=2)
-    sizes = ENGINE | {"inference_tp": 2}
-    out = export_trtllm("model", tmp_path / "out", write, topology=Topology(), tokenizer_dir=tmp_path / "tok", **sizes)
-    assert write.sizes == (2, 1)
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", "rank0.safetensors", "rank1.safetensors", "tokenizer.json"]
-    with pytest.raises(CheckpointError, match="out"):
-        export_trtllm("model", out, write, topology=Topology(), **sizes)
-    export_trtllm("model", out, writer(), topology=Topology(), overwrite=True, **ENGINE)
-    assert not (out / "rank1.safetensors").exists()
+def test_a_wrong_scale_is_found_and_nothing_is_left(one, tmp_path):
+    def double(tensors):
+        tensors["transformer.layers.1.mlp.gate.weights_scaling_factor"] *= 2
 
-
-@pytest.mark.parametrize(
-    ("write", "message"),
-    [
-        (writer(config=False), "wrote no config.json"),
-        (writer(ranks=0), "wrote no rank0.safetensors for an engine of 1 ranks"),
-        (writer(quantization={"quant_algo": None}), "is not quantised"),
-        (writer(weights={"layer.weight": torch.ones(1)}), "is not quantised"),
-        (writer(weights=WEIGHTS | {"norm": torch.tensor([float("nan")])}), "1 tensors that are not finite, first norm"),
-    ],
-)
-def test_what_modelopt_left_undone_is_said_and_removed(tmp_path, write, message):
-    with pytest.raises(CheckpointError, match=message):
-        export_trtllm("model", tmp_path / "out", write, topology=Topology(), **ENGINE)
+    with pytest.raises(CheckpointError, match=r"ModelOpt wrote transformer\.layers\.1\.mlp\.gate with a relative error of 1"):
+        export_trtllm(_quantized(one, "fp8"), tmp_path / "out", write=_spoiled(double))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_writer_that_raises_leaves_nothing(tmp_path):
-    def full_disk(**_):
-        raise OSError(28, "No space left on device")
+def test_a_failure_of_modelopt_is_told_with_the_alternative(one, tmp_path):
+    def fail(*_):
+        raise RuntimeError("no such engine")
 
-    with pytest.raises(OSError, match="No space left"):
-        export_trtllm("model", tmp_path / "out", full_disk, topology=Topology(), **ENGINE)
+    with pytest.raises(
+        CheckpointError, match="ModelOpt's TensorRT-LLM export failed: RuntimeError: no such engine; use export_format='hf'"
+    ):
+        export_trtllm(_quantized(one, "fp8"), tmp_path / "out", write=fail)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("topology", "spec", "dtype", "message"),
-    [
-        (Topology(tp=2), "local", torch.float16, "written from one rank, not from TP2PP1: use export_format='hf'"),
-        (Topology(), "te", torch.float16, "spec te: quantise with spec local, or use export_format='hf'"),
-        (Topology(), "local", torch.float32, "not torch.float32"),
-    ],
-)
-def test_what_modelopt_cannot_write_is_refused_first(tmp_path, local_spec, topology, spec, dtype, message):
-    local_spec.return_value = spec
-    with pytest.raises(ConfigError, match=message):
-        export_trtllm("model", tmp_path / "out", None, topology=topology, **ENGINE | {"dtype": dtype})
-    assert not list(tmp_path.iterdir())
+def test_rope_scaling_is_written_with_its_numbers(one, tmp_path):
+    """Upstream writes the kind alone, with which an engine takes the numbers of another model."""
+    from modelopt.torch.export import export_tensorrt_llm_checkpoint
+
+    scaling = RopeScaling(factor=32.0, original_max_position_embeddings=32)
+    chunks = _quantized(one, "fp8", rope_scaling=scaling)
+    export_tensorrt_llm_checkpoint(chunks[0], "llama", torch.bfloat16, str(tmp_path / "upstream"), 1, 1)
+    assert json.loads((tmp_path / "upstream" / "config.json").read_text())["rotary_scaling"] == {"type": "llama3"}
+    ours = json.loads((export_trtllm(chunks, tmp_path / "ours") / "config.json").read_text())
+    assert ours["rotary_scaling"] == {"type": "llama3", **asdict(scaling)}
 
 
-def test_artifacts_are_the_tokenizers_files(tmp_path):
-    source, out = tmp_path / "source", tmp_path / "out"
-    source.mkdir()
-    out.mkdir()
-    for name in ("tokenizer.json", "model.safetensors", "tokenizer_config.json"):
-        (source / name).write_text(name)
-    assert save_artifacts(out) == []
-    assert save_artifacts(out, tokenizer_dir=source) == ["tokenizer.json", "tokenizer_config.json"]
-    assert sorted(path.name for path in out.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+def test_a_config_that_is_not_the_models_is_refused(one, tmp_path):
+    def write(model, decoder_type, dtype, folder, *sizes):
+        (Path(folder) / "config.json").write_text(json.dumps({"num_hidden_layers": 3}))
 
-
-def _really(name):
-    """A quantised model through ModelOpt's own writer, and its weights dequantised beside those in memory."""
-    import tempfile
-    from pathlib import Path
-
-    from safetensors.torch import load_file
-
-    from nemo_opt.models.build import build_model
-    from nemo_opt.models.config import preset
-    from nemo_opt.parallel import initialize
-    from nemo_opt.quantize.calibration import calibration_loop
-    from nemo_opt.quantize.config import ExportConfig, QuantizationConfig
-    from nemo_opt.quantize.quantizer import Quantizer
-
-    topology = initialize(Topology.from_name(name))
-    sizes = {"num_layers": 1, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2}
-    chunks = build_model(preset("tiny", vocab_size=128, max_position_embeddings=64, **sizes), topology, spec="local", seed=5)
-    batch = {"tokens": torch.arange(32).view(2, 16), "position_ids": torch.arange(16).expand(2, 16), "attention_mask": None}
-    with tempfile.TemporaryDirectory() as folder:
-        quantizer = Quantizer(QuantizationConfig(algorithm="fp8"), ExportConfig(path=Path(folder) / "out", dtype="16"))
-        quantizer.quantize(chunks, calibration_loop([batch]))
-        out = quantizer.export(chunks)
-        config, stored = json.loads((out / "config.json").read_text()), load_file(out / "rank0.safetensors")
-    dense = chunks[0].decoder.layers[0].self_attention.linear_proj
-    written = stored["transformer.layers.0.attention.dense.weight"].float()
-    written *= stored["transformer.layers.0.attention.dense.weights_scaling_factor"]
-    return SimpleNamespace(algo=config["quantization"]["quant_algo"], written=written, memory=dense.weight_quantizer(dense.weight).detach())
-
-
-@pytest.mark.ranks
-def test_modelopt_still_writes_the_local_spec(ranks):
-    (found,) = ranks(1).run(_really, "TP1PP1")
-    assert found.algo == "FP8"
-    torch.testing.assert_close(found.written, found.memory, rtol=1e-6, atol=0)
+    with pytest.raises(CheckpointError, match=r"is not the model's, \(written, model\): .*'num_hidden_layers': \(3, 2\)"):
+        export_trtllm(_quantized(one, "fp8"), tmp_path / "out", write=write)
