@@ -1,12 +1,14 @@
 """What calibration measures is real tokens, each document by itself: on every layout, for dense models and experts, and not upstream."""
 
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from nemo_opt.parallel import Topology
-from nemo_opt.quantize.calibration import CalibrationReport
+from nemo_opt.quantize import calibration
+from nemo_opt.quantize.calibration import CalibrationReport, calibration_loop
 
 SEQ, LENGTHS = 16, (3, 16, 9, 6)
 LOUD = 119
@@ -243,3 +245,110 @@ def test_the_report_is_one_line():
     report = CalibrationReport(samples=3, tokens=40, padding=8, passes=2, time_s=0.5)
     assert str(report) == "3 samples, 40 tokens, 8 of padding, 2 passes in 0.5 s: 160 tokens/s"
     assert CalibrationReport(samples=3, tokens=40, padding=8, passes=0, time_s=0.0).tokens_per_s == 0
+    with pytest.raises(AttributeError):
+        report.tokens = 41
+
+
+@pytest.fixture
+def place():
+    """This rank's place: `place(tp=1, first=False, cp=1)`; and what other ranks count."""
+
+    def set_to(tp=0, cp=0, *, first=True, others=()):
+        state.get_tensor_model_parallel_rank.return_value = tp
+        state.get_context_parallel_rank.return_value = cp
+        state.is_pipeline_first_stage.return_value = first
+        dist.get_world_size.return_value = 1 + len(others)
+        dist.all_gather_object.side_effect = lambda everyone, own: everyone.__setitem__(slice(None), [own, *others])
+
+    with (
+        patch.object(calibration, "parallel_state") as state,
+        patch.object(calibration, "dist") as dist,
+        patch.object(calibration, "forward_loop", lambda *_, **__: lambda model: None),
+    ):
+        set_to()
+        yield set_to
+
+
+def _rows():
+    """Rows of 4, 1 and no real tokens, and two of a batch without a mask."""
+    masked = {"tokens": torch.ones(3, 4), "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]])}
+    return [masked, {"tokens": torch.ones(2, 4), "attention_mask": None}]
+
+
+def _counts(batches):
+    report = calibration_loop(batches).report
+    return report.samples, report.tokens, report.padding
+
+
+def test_rows_tokens_and_padding_are_counted(place):
+    assert _counts(_rows()) == (4, 13, 7)
+    assert _counts(iter(_rows())) == (4, 13, 7), "batches may be an iterator"
+    full_attention = {"tokens": torch.ones(2, 4), "attention_mask": torch.zeros(2, 1, 4, 4)}
+    assert _counts([full_attention, {"tokens": torch.ones(1, 4)}]) == (3, 12, 0), "only a mask of [B, S] says what padding is"
+
+
+@pytest.mark.parametrize(
+    ("at", "expected"),
+    [
+        ({"others": [(1, 2, 3), (10, 20, 30)]}, (15, 35, 40)),
+        ({"tp": 1, "others": [(1, 2, 3)]}, (1, 2, 3)),  # its copy is counted by the first tensor-parallel rank
+        ({"first": False, "others": [(1, 2, 3)]}, (1, 2, 3)),
+        ({"tp": 1, "first": False}, (0, 0, 0)),
+        ({"cp": 1, "others": [(4, 2, 3)]}, (4, 15, 10)),  # tokens are its own, rows the first context-parallel rank's
+    ],
+)
+def test_every_sequence_is_counted_once(place, at, expected):
+    place(**at)
+    assert _counts(_rows()) == expected
+
+
+def _with_head(**quantizers):
+    """A model of a stage that has an output layer, with quantizers that are enabled or not."""
+    from modelopt.torch.quantization.nn import TensorQuantizer
+
+    head = torch.nn.Module()
+    for name, is_enabled in quantizers.items():
+        quantizer = TensorQuantizer()
+        if not is_enabled:
+            quantizer.disable()
+        head.add_module(name, quantizer)
+    return SimpleNamespace(output_layer=head)
+
+
+@pytest.mark.parametrize(
+    ("model", "unseen"),
+    [
+        (SimpleNamespace(), False),  # not the last stage
+        (SimpleNamespace(output_layer=None), False),
+        (_with_head(), True),
+        (_with_head(input_quantizer=False, weight_quantizer=False), True),
+        (_with_head(input_quantizer=True, weight_quantizer=False), False),
+    ],
+)
+def test_the_head_is_skipped_where_no_quantizer_looks(place, model, unseen):
+    ran = []
+    with (
+        patch.object(calibration, "unwrap", lambda model: model),
+        patch.object(calibration, "forward_loop", lambda batches, **how: lambda model: ran.append((batches, how, model))),
+    ):
+        loop = calibration_loop(_rows())
+        loop(model)
+        loop(model)
+    batches, how, shown = ran[-1]
+    assert len(ran) == 2
+    assert shown is model
+    assert (how["skip_head"], how["surround"]) == (unseen, calibration.padding_masked)
+    assert [batch["tokens"].shape for batch in batches] == [(3, 4), (2, 4)]
+
+
+def test_time_is_the_sum_of_all_passes(place):
+    clock = iter([10.0, 10.5, 20.0, 22.0])
+    with (
+        patch.object(calibration, "_head_is_unseen", lambda model: False),
+        patch.object(calibration.time, "perf_counter", lambda: next(clock)),
+    ):
+        loop = calibration_loop(_rows())
+        assert (loop.report.passes, loop.report.time_s, loop.report.tokens_per_s) == (0, 0, 0)
+        loop(None)
+        loop(None)
+    assert (loop.report.passes, loop.report.time_s, loop.report.tokens_per_s) == (2, 2.5, 13 * 2 / 2.5)
