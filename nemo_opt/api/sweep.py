@@ -78,7 +78,7 @@ def ptq_sweep(
 
     """
     settings: dict[str, Any] = {"data": data, "tokenizer": tokenizer, "eval_batches": eval_batches, "overwrite": overwrite}
-    settings |= {"algorithms": algorithms, "quantization": quantization, "export_format": export_format, "report": report}
+    settings |= {"algorithms": algorithms, "quantization": quantization, "export_format": export_format, "report": report, "spec": spec}
     checks.check_ptq_sweep(checkpoint=checkpoint, output=output, topology=topology, world_size=world_size(), **settings)
     info = read_info(checkpoint)
     tokenizer_dir = checks.tokenizer_directory(info, tokenizer)
