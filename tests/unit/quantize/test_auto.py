@@ -1,5 +1,6 @@
 """Mixed precision: what is refused, and that a search's recipe keeps its budget and gives the same model at every layout."""
 
+from io import StringIO
 from itertools import product
 from unittest.mock import patch
 
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 from nemo_opt.errors import ConfigError
 from nemo_opt.models.config import preset
 from nemo_opt.parallel import Topology
+from nemo_opt.quantize import auto
 from nemo_opt.quantize.auto import _Choice, _solve, search_mixed_precision
+from nemo_opt.quantize.blocks import weight_cfgs
 from nemo_opt.quantize.config import QuantizationConfig
 
 SMALL = preset(
@@ -89,8 +92,6 @@ def test_every_layout_finds_the_same(ranks, found, layout):
 
 
 def _upstreams_scores(name):
-    from nemo_opt.quantize import auto
-
     with patch.object(auto, "_scored", lambda model, stats: [auto._Choice(*v) for v in zip(*_columns(stats), strict=True)]):
         return _search(name).scores
 
@@ -186,3 +187,137 @@ def test_upstreams_bars_are_given_back_when_it_fails(one_rank):
     with pytest.raises(RuntimeError, match="upstream failed"):
         search_mixed_precision([None], [], effective_bits=6, candidates=CANDIDATES)
     assert algorithms.tqdm is bar
+
+
+class _Linear(torch.nn.Module):
+    def __init__(self, is_row):
+        super().__init__()
+        if is_row is not None:
+            self._is_row_parallel = is_row
+
+
+def _found_by(searched, tp=1):
+    """What a search makes of upstream's statistics: a row-parallel linear, one of two modules, and the head."""
+    model = torch.nn.Module()
+    model.row, model.q, model.kv, model.output_layer = _Linear(True), _Linear(False), _Linear(True), _Linear(None)
+    state, batches = {"best": {"recipe": "upstream's"}}, [{"tokens": 1}, {"tokens": 2}, {"tokens": 3}]
+
+    def stats(names, scores, size):
+        return {"module_names": names, "formats": state["recipes"], "scores": scores, "costs": [size / 4, size / 2, size]}
+
+    def search(given_model, **settings):
+        assert given_model is model
+        recipes = [auto.QuantRecipe(quant_cfg, name="CUSTOM") for quant_cfg in settings["quantization_formats"]]
+        state["recipes"] = [*recipes, auto.QuantRecipe(None)]
+        state["candidate_stats"] = {
+            "row.hparam": stats(["row"], [8.0, 4.0, 0.0], 100.0),
+            "attention.hparam": stats(["q", "kv"], [9.0, 3.0, 0.0], 100.0),
+            "head.hparam": stats(["output_layer"], [7.0, 7.0, 0.0], 0.0),
+        }
+        return None, state
+
+    searched.side_effect = search
+    recipe = {"quant_cfg": [{"quantizer_name": "*q*"}], "algorithm": "other"}
+    with (
+        patch.object(auto, "unwrap", side_effect={"chunk": model}.get),
+        patch.object(auto, "get_auto_quantize_config", return_value=recipe) as made,
+        patch.object(auto.parallel_state, "get_tensor_model_parallel_world_size", return_value=tp),
+        patch.object(auto.dist, "broadcast_object_list") as sent,
+    ):
+        result = search_mixed_precision(["chunk"], iter(batches), effective_bits=6, candidates=CANDIDATES)
+    assert sent.call_args.kwargs == {"src": 0}
+    assert made.call_args.args == (state,)
+    return result, state, searched.call_args.kwargs, batches
+
+
+def test_a_search_is_upstreams_statistics_and_an_exact_choice(one_rank):
+    result, state, _, _ = _found_by(one_rank)
+    four, eight, none = state["recipes"]
+    # 6 bits of 16 of 200 are 75 = 25 + 50: eight bits where four cost more
+    assert state["best"]["recipe"] == {"attention.hparam": eight, "row.hparam": four, "head.hparam": none}
+    assert result.recipe == {"quant_cfg": [{"quantizer_name": "*q*"}], "algorithm": "max"}
+    assert result.effective_bits == 6
+    assert result.formats == {"q": "int8", "kv": "int8", "row": "int4"}
+    attention = {"int4": 9, "int8": 3, "none": 0}
+    assert result.scores == {"q": attention, "kv": attention, "row": {"int4": 8, "int8": 4, "none": 0}}
+    assert list(result.formats) == ["q", "kv", "row"], "by name, whatever the order of upstream's statistics"
+    with pytest.raises(AttributeError):
+        result.effective_bits = 7
+
+
+def test_scores_of_row_parallel_linears_are_counted_once(one_rank):
+    result, _, _, _ = _found_by(one_rank, tp=2)
+    assert result.scores["row"] == {"int4": 4, "int8": 2, "none": 0}
+    assert result.scores["q"] == {"int4": 9, "int8": 3, "none": 0}, "the first of its modules says what it is"
+
+
+def test_what_upstream_is_asked(one_rank):
+    _, _, asked, batches = _found_by(one_rank)
+    head = ["*output_layer*"]
+    assert asked["constraints"] == {"effective_bits": 6, "cost": {"excluded_module_name_patterns": head}}
+    assert asked["disabled_layers"] == head
+    assert asked["data_loader"] == batches
+    assert asked["num_calib_steps"] == asked["num_score_steps"] == 3
+    for quant_cfg, bits in zip(asked["quantization_formats"], (4, 8), strict=True):
+        assert quant_cfg["algorithm"] == "max"
+        names = [entry["quantizer_name"] for entry in quant_cfg["quant_cfg"]]
+        assert not any("bmm" in name for name in names), "the cache is none of the linears' budget"
+        assert next(auto_cfg["num_bits"] for auto_cfg in weight_cfgs(quant_cfg)) == bits
+    losses = torch.tensor([[1.0, 2.0, 30.0]])
+    model = lambda *args, **kwargs: (args, kwargs)  # noqa: E731
+    shown = asked["forward_step"](model, {"tokens": 1, "position_ids": 2, "attention_mask": 3, "labels": 4})
+    assert shown == ((1, 2, 3), {"labels": 4})
+    assert asked["forward_step"](model, {"tokens": 1, "position_ids": 2, "labels": 4}) == ((1, 2, None), {"labels": 4})
+    assert asked["loss_func"](losses, {}) == 11
+    assert asked["loss_func"](losses, {"loss_mask": torch.tensor([[1, 1, 0]])}) == 1.5
+    assert asked["loss_func"](losses, {"loss_mask": torch.zeros(1, 3)}) == 0
+
+
+@pytest.mark.parametrize(("rank", "is_terminal", "shown"), [(0, True, True), (0, False, False), (1, True, False)])
+def test_upstreams_bars_are_for_terminals(one_rank, rank, is_terminal, shown):
+    bars = []
+    with (
+        patch.object(auto.dist, "get_rank", return_value=rank),
+        patch.object(auto.sys.stderr, "isatty", return_value=is_terminal, create=True),
+        auto._progress_on_terminals_only(),
+    ):
+        bars.append(auto.algorithms.tqdm([1], file=StringIO()))
+    assert bars[0].disable is not shown
+
+
+def test_no_choice_within_the_budget_is_refused(one_rank):
+    with (
+        patch.object(auto.dist, "broadcast_object_list"),
+        pytest.raises(ConfigError, match=r"^no choice of formats meets 3 bits a weight: raise the budget or add a smaller format"),
+    ):
+        _solve({"a": [_Choice(None, 1.0, 25.0), _Choice(None, 0.0, 100.0)]}, 3)
+
+
+@pytest.mark.parametrize(("bits", "picked"), [(4, 0), (7.99, 0), (8, 1), (15.9, 1), (16, 2)])
+def test_budgets_are_met_to_the_bit(bits, picked):
+    with patch.object(auto.dist, "broadcast_object_list"):
+        assert _solve({"a": [_Choice(None, 1e-12, 25.0), _Choice(None, 1e-13, 50.0), _Choice(None, 0.0, 100.0)]}, bits) == {"a": picked}
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_budgets_at_the_ends_are_accepted(bits):
+    auto._check_budget(bits, {config.algorithm: auto._format(config) for config in CANDIDATES})
+
+
+def test_rank_0_decides():
+    def broadcast(picked, src):
+        picked[0] = "rank 0's"
+
+    with patch.object(auto.dist, "broadcast_object_list", broadcast):
+        assert _solve({"a": [_Choice(None, 0.0, 1.0)]}, 16) == "rank 0's"
+
+
+def test_recipes_hold_no_types_of_upstream():
+    quant_cfg = {"quant_cfg": [{"cfg": {"num_bits": (4, 3), -1: 16}}], "algorithm": None}
+
+    class Upstreams(dict):
+        pass
+
+    plain = auto._plain(Upstreams(quant_cfg=[Upstreams(quant_cfg["quant_cfg"][0])], algorithm=None))
+    assert plain == quant_cfg
+    assert type(plain) is type(plain["quant_cfg"][0]) is dict
