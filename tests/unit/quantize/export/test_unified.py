@@ -162,6 +162,27 @@ def test_several_files_with_an_index(one, tmp_path):
     open_export(directory)
 
 
+def test_several_formats_in_one_model(one, tmp_path):
+    """As auto-quantize leaves them: the first layer's MLP in NVFP4, the rest in FP8; then with INT8 in place of NVFP4."""
+    for algorithm, method in (("nvfp4", "modelopt"), ("int8", "compressed-tensors")):
+        chunks, others = (small_quantized(name, one, enable_kv_cache=False) for name in ("fp8", algorithm))
+        chunks[0].decoder.layers[0].mlp, others[0].decoder.layers[0].mlp = others[0].decoder.layers[0].mlp, chunks[0].decoder.layers[0].mlp
+        directory = export_quantized_hf(chunks, tmp_path / algorithm)
+        said = json.loads((directory / "config.json").read_text())["quantization_config"]
+        assert said["quant_method"] == method
+        model = open_export(directory)
+        assert sorted(model.formats.values()) == [1, 3, 11]
+        (batch,) = labelled_batches(1, seed=11)
+        assert _error(model.logits(batch["tokens"]), _logits(chunks[0])) <= LOGITS_TOLERANCE
+
+
+def test_experts_are_refused(one, tmp_path):
+    chunks = small_quantized("fp8", one, model=SMALL.with_(num_moe_experts=2, moe_router_topk=1), enable_kv_cache=False)
+    with pytest.raises(ConfigError, match="the model has 2 experts"):
+        export_quantized_hf(chunks, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_existing_directory_is_refused_and_kept(one, tmp_path):
     chunks = small_quantized("int8", one)
     (tmp_path / "out").mkdir()
@@ -300,6 +321,13 @@ def test_upstream_cannot_export_these(one, tmp_path, algorithm, error):
     """Fault 5."""
     with pytest.raises(error, match=r"invalid for input of size|not yet supported"):
         _upstream(small_quantized(algorithm, one, enable_kv_cache=False, model=UNPADDED), tmp_path)
+
+
+def test_upstream_writes_padding_and_other_cache_scales(one, exported, tmp_path):
+    theirs, ours = _tensors(_upstream(small_quantized("fp8", one), tmp_path)), _tensors(exported("fp8")[0])
+    assert len(theirs["model.embed_tokens.weight"]) == 128 != SMALL.vocab_size == len(ours["model.embed_tokens.weight"])
+    assert theirs["model.layers.0.self_attn.k_scale"].item() == 1.0
+    assert ours["model.layers.0.self_attn.k_proj.k_scale"].item() < 0.1
 
 
 def _upstream_at(name, folder):
