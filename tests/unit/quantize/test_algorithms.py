@@ -46,44 +46,12 @@ def _batches(dp_rank=0, dp_size=1):
     return [{"tokens": part, "position_ids": positions, "attention_mask": None} for part in tokens[dp_rank::dp_size]]
 
 
-def _logits(chunks):
-    """[B, S, V] of one batch, the whole vocabulary, from the last stage of any layout without context parallelism; None elsewhere."""
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
-    batch, kept = _batches()[0], []
-
-    def step(iterator, model):
-        next(iterator)
-        output = model(batch["tokens"], batch["position_ids"], None)
-        return output, lambda logits: (kept.append(logits.detach()), (logits.sum(), {}))[1]
-
-    with torch.no_grad():
-        get_forward_backward_func()(
-            forward_step_func=step,
-            data_iterator=iter([0]),
-            model=chunks,
-            num_microbatches=1,
-            seq_length=16,
-            micro_batch_size=2,
-            forward_only=True,
-        )
-    if not parallel_state.is_pipeline_last_stage():
-        return None
-    parts = [torch.empty_like(kept[0]) for _ in range(parallel_state.get_tensor_model_parallel_world_size())]
-    dist.all_gather(parts, kept[0].contiguous(), group=parallel_state.get_tensor_model_parallel_group())
-    return torch.cat(parts, dim=-1)
-
-
 def _facts(chunks):
-    from megatron.core import parallel_state
-
     from nemo_opt.quantize.tensors import amax_by_name, quantizer_tensors
+    from nemo_opt.training.logits import gather_logits
 
-    chunks[0].eval()
     scales = {key: tensor for key, tensor in quantizer_tensors(chunks) if tensor is not None and "pre_quant_scale" in key}
-    logits = _logits(chunks) if parallel_state.get_context_parallel_world_size() == 1 else None
+    logits = gather_logits(chunks, _batches()[0])
     return {"amax": amax_by_name(chunks), "scales": scales, "logits": logits, "maxima": _weight_maxima(chunks)}
 
 
@@ -202,7 +170,7 @@ LAYOUTS = ("TP1PP1", "TP2PP1", "TP1PP2", "TP2PP2")
     ],
 )
 def test_every_amax_finds_its_place_at_another_layout(ranks, tmp_path, saved, loaded, cases):
-    (*_, last) = made = ranks(Topology.from_name(saved).world_size).run(_quantize, saved, cases, str(tmp_path))
+    made = ranks(Topology.from_name(saved).world_size).run(_quantize, saved, cases, str(tmp_path))
     before = made[0]
     for results in ranks(Topology.from_name(loaded).world_size).run(_restore, loaded, cases, str(tmp_path)):
         for name, after in results.items():
@@ -213,7 +181,7 @@ def test_every_amax_finds_its_place_at_another_layout(ranks, tmp_path, saved, lo
                 if not is_row_parallel or maxima.numel() != amax.numel() or name in ("int4", "int4_awq", "w4a8_awq", "block_fp8"):
                     assert torch.equal(maxima, amax), (name, key)
             if after["logits"] is not None:
-                torch.testing.assert_close(after["logits"], last[name]["logits"], rtol=0, atol=LOGITS_TOLERANCE)
+                torch.testing.assert_close(after["logits"], before[name]["logits"], rtol=0, atol=LOGITS_TOLERANCE)
 
 
 @pytest.mark.ranks
