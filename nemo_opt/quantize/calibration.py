@@ -52,7 +52,6 @@ class CalibrationLoop:
     """A forward loop for ModelOpt that keeps count; made by `calibration_loop`."""
 
     def __init__(self, batches: list[Batch], samples: int, tokens: int, padding: int) -> None:
-        self._batches = batches
         self._counts = {"samples": samples, "tokens": tokens, "padding": padding}
         self._loops = {skip: _loop(batches, skip_head=skip) for skip in (False, True)}
         self._passes, self._time_s = 0, 0.0
