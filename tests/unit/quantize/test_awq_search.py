@@ -161,6 +161,8 @@ class _Group:
         return self.world
 
     def all_reduce(self, tensor, op=torch.distributed.ReduceOp.SUM, group=None):
+        if group is None:  # ModelOpt's own, in a world of one that other tests may have opened in this process
+            return
         assert group is self
         self.calls.append("max" if op == torch.distributed.ReduceOp.MAX else "sum")
         tensor.mul_(4 if op == torch.distributed.ReduceOp.MAX else 2)

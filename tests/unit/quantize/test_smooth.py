@@ -82,7 +82,8 @@ def test_smoothed_linears_are_calibrated_for_what_they_see(name, alpha):
     torch.testing.assert_close(linear.weight_quantizer.amax, linear.weight.abs().amax(dim=1, keepdim=True))
     assert linear.input_quantizer.axis is None
     assert not hasattr(linear.input_quantizer, "_amax_for_smoothing"), "not part of a checkpoint"
-    torch.testing.assert_close(linear(before.x), before.x @ original.T, rtol=0, atol=0.02 * float((before.x @ original.T).abs().max()))
+    expected = (before.x @ original.T).detach()
+    torch.testing.assert_close(linear(before.x).detach(), expected, rtol=0, atol=0.02 * float(expected.abs().max()))
 
 
 def test_each_query_head_keeps_its_own_scale_where_it_has_a_value_head():
@@ -104,6 +105,8 @@ def _maxima_over_ranks(is_column, tp):
     calls = []
 
     def all_reduce(tensor, op, group):
+        if group is None:  # ModelOpt's own, in a world of one that other tests may have opened in this process
+            return
         calls.append((op, group))
         tensor.mul_(1 + len(calls))
 
