@@ -7,7 +7,7 @@ for any reason removes what it had written and raises on every rank.
 import json
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ def save_checkpoint(
     iteration: int = 0,
     consumed_samples: int = 0,
     extra: dict[str, Any] | None = None,
+    prove: Callable[[Path], None] | None = None,
     overwrite: bool = False,
 ) -> CheckpointInfo:
     """Saves a model, and what is needed to go on training it, as one directory. Call it on every rank.
@@ -60,7 +61,8 @@ def save_checkpoint(
         iteration: Training steps done.
         consumed_samples: Training samples seen.
         extra: Anything else, as JSON values.
-        overwrite: Replace an existing checkpoint; the old one stays whole until the new one is.
+        prove: Called on every rank with the whole checkpoint before it has its name; what it raises on every rank removes it.
+        overwrite: Replace an existing checkpoint; the old one stays whole until the new one is, and is proven.
 
     Returns:
         What `read_info` will read.
@@ -100,6 +102,8 @@ def save_checkpoint(
             save_modelopt_state(modelopt_state, partial / WEIGHTS_NAME)
         on_first(lambda: _write_rest(info, partial, tokenizer_dir))
         _write_manifest(partial)
+        if prove is not None:
+            prove(partial)
         on_first(lambda: _publish(partial, target, overwrite=overwrite))
     except BaseException:
         if rank() == 0:

@@ -195,13 +195,15 @@ class Quantizer:
             check_trtllm(spec=spec_of(chunks[0]), world_size=topology.world_size, **sizes)
             return export_trtllm(chunks, path, write=export_tensorrt_llm_checkpoint, **engine, **places)
         recorded = {"quantization": self.quantization_config.algorithm, **(extra or {})}
-        save_checkpoint(path, chunks, topology=topology, extra=recorded, **places)
-        if proof_batches:
-            self.proof = prove_checkpoint(path, chunks, topology, proof_batches)
+        prove_saved = partial(self._prove_checkpoint, chunks, topology, proof_batches) if proof_batches else None
+        save_checkpoint(path, chunks, topology=topology, extra=recorded, prove=prove_saved, **places)
         return path
 
     def _prove(self, chunks: list[Any], batches: Sequence[Any], directory: Path, plan: ExportPlan | None) -> None:
         self.proof = prove_export(directory, chunks, plan, batches)
+
+    def _prove_checkpoint(self, chunks: list[Any], topology: Topology, batches: Sequence[Any], directory: Path) -> None:
+        self.proof = prove_checkpoint(directory, chunks, topology, batches)
 
     def _engine(self) -> dict[str, Any]:
         """What TensorRT-LLM needs to know; models are Llamas here, so NeMo's failure to infer the decoder type has no counterpart."""

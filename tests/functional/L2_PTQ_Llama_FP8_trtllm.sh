@@ -13,8 +13,7 @@ ptq() {
 # Its weights are compared with the model's before the directory has its name.
 step "quantise and export" 300 ptq --spec local
 check "$OUT/ptq.json" 'export_format == "trtllm"' 'abs(loss_after - loss_before) < 0.05' 'loss_after != loss_before'
-check "$OUT/trtllm/config.json" 'quantization.quant_algo == "FP8"' 'num_hidden_layers == facts.teacher.model.num_layers' \
-    --with facts="$FIXTURES/fixtures.json"
+check "$OUT/trtllm/config.json" 'quantization.quant_algo == "FP8"' 'num_hidden_layers == 4'
 for file in rank0.safetensors tokenizer.json; do
     test -s "$OUT/trtllm/$file"
     echo "ok   $file"

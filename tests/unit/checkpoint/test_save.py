@@ -197,3 +197,20 @@ def test_every_rank_hears_of_a_full_disk(ranks, tmp_path, failing_rank):
     assert messages[0] == messages[1]
     assert "No space left on device" in messages[0]
     assert names(tmp_path) == []
+
+
+def test_a_checkpoint_that_is_not_proven_leaves_the_older_one(chunks, layout, tmp_path):
+    seen = []
+    saved = save_checkpoint(
+        tmp_path / "c", chunks, topology=layout, extra={"number": 1}, prove=lambda path: seen.append(verify(path).extra)
+    )
+    assert seen == [{"number": 1}], "whole when it is shown"
+
+    def refuse(path):
+        assert path != saved.path
+        raise CheckpointError("computes something else")
+
+    with pytest.raises(CheckpointError, match="something else"):
+        save_checkpoint(tmp_path / "c", chunks, topology=layout, extra={"number": 2}, prove=refuse, overwrite=True)
+    assert verify(saved.path).extra == {"number": 1}
+    assert names(tmp_path) == ["c"]

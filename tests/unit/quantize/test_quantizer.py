@@ -327,9 +327,11 @@ def test_trtllm_gets_modelopts_writer_and_the_engines_sizes(written):
 def test_checkpoint_is_proven_where_there_are_batches(written):
     quantizer, model = _exporter(export_format="nemo"), MagicMock()
     quantizer.export([model], topology=Topology(tp=2))
-    written.prove_checkpoint.assert_not_called()
+    assert written.save_checkpoint.call_args.kwargs["prove"] is None
     assert quantizer.export([model], topology=Topology(tp=2), proof_batches=["batch"]) == Path("out")
-    written.prove_checkpoint.assert_called_once_with(Path("out"), [model], Topology(tp=2), ["batch"])
+    written.prove_checkpoint.assert_not_called()
+    written.save_checkpoint.call_args.kwargs["prove"](Path("partial"))
+    written.prove_checkpoint.assert_called_once_with(Path("partial"), [model], Topology(tp=2), ["batch"])
     assert quantizer.proof is written.prove_checkpoint.return_value
 
 
@@ -345,5 +347,6 @@ def test_export_writes_a_checkpoint_that_names_the_algorithm(model_dir, expected
         topology=Topology(tp=2),
         tokenizer_dir=None,
         extra={"quantization": "int8", "loss": 4.0},
+        prove=None,
         overwrite=True,
     )
