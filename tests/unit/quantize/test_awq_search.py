@@ -147,6 +147,38 @@ def test_upstreams_search_is_back_after_a_failure():
     with pytest.raises(ZeroDivisionError):
         awq.calibrate_awq(_inserted("INT4_AWQ_CFG"), lambda model: 1 / 0)
     assert AWQLiteModeDescriptor._calib_func is before
+    awq.calibrate_awq(_inserted("INT4_AWQ_CFG"), lambda model: model())
+    assert AWQLiteModeDescriptor._calib_func is before
+
+
+def test_statistics_are_of_the_one_pass_and_reduced_once():
+    model, passes = _inserted("INT4_AWQ_CFG"), []
+
+    def loop(model):
+        passes.append([model.first.weight_quantizer.is_enabled, model()])
+
+    search = awq._Search("first", model.first)
+    with patch.object(search.statistics, "reduce") as reduce, torch.no_grad():
+        awq._observe(model, loop, [search])
+    reduce.assert_called_once_with()
+    assert passes[0][0] is False, "the inputs are those of the unquantised model"
+    assert search.statistics.tokens == 28
+    model()
+    assert search.statistics.tokens == 28
+    assert model.first.weight_quantizer.is_enabled
+    assert model.first.weight_quantizer.amax is None
+
+
+def test_weights_in_16_bits_are_searched_in_32():
+    model = _inserted("INT4_AWQ_CFG")
+    model.x = model.x.bfloat16()
+    model.bfloat16()
+    before = model.first.weight.detach().clone()
+    found = awq.calibrate_awq(model, lambda model: model())
+    alpha, scale = _by_hand("INT4_AWQ_CFG", before.float(), model.x.float())
+    assert found["first"] == pytest.approx(alpha)
+    torch.testing.assert_close(model.first.input_quantizer.pre_quant_scale.float(), 1 / scale, rtol=2**-7, atol=0)
+    assert not model.first.weight_quantizer.amax.requires_grad
 
 
 class _Group:

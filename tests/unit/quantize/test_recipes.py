@@ -99,7 +99,9 @@ def test_block_shape_is_honoured_and_nothing_else_has_it():
     assert cfg["block_sizes"][-1] == 16
 
 
-@pytest.mark.parametrize(("decoder_type", "algorithm"), [("gemma", {"method": "awq_lite", "alpha_step": 1}), ("llama", "awq_lite")])
+@pytest.mark.parametrize(
+    ("decoder_type", "algorithm"), [(name, {"method": "awq_lite", "alpha_step": 1}) for name in ("gemma", "mpt")] + [("llama", "awq_lite")]
+)
 def test_search_is_coarse_where_nemos_is(decoder_type, algorithm):
     assert quant_cfg_of(QuantizationConfig(algorithm="w4a8_awq", decoder_type=decoder_type))["algorithm"] == algorithm
 
@@ -126,6 +128,19 @@ def test_kv_cache_by_nemos_rule(settings, expected):
     assert kv_format(config) == expected
     found = entries(quant_cfg_of(config), "bmm_quantizer")
     assert [entry["cfg"]["num_bits"] for entry in found] == {None: [], "fp8": [(4, 3)], "nvfp4": [(2, 1)]}[expected]
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "fp8"])
+def test_a_cache_is_calibrated_even_beside_formats_that_need_none(name):
+    assert quant_cfg_of(QuantizationConfig(algorithm=name, enable_kv_cache=True))["algorithm"] == "max"
+    assert quant_cfg_of(QuantizationConfig(algorithm=name, enable_kv_cache=False))["algorithm"] == {"mxfp8": None, "fp8": "max"}[name]
+
+
+def test_the_caches_entries_are_copies():
+    before = copy.deepcopy(mtq.FP8_KV_CFG)
+    (entry,) = entries(quant_cfg_of(QuantizationConfig(algorithm="fp8")), "bmm_quantizer")
+    entry["cfg"]["num_bits"] = 8
+    assert before == mtq.FP8_KV_CFG
 
 
 def test_weight_only_switches_inputs_off_last():
@@ -165,6 +180,34 @@ def test_what_needs_data_is_what_modelopt_says(name):
 )
 def test_entries_that_switch_off_again_need_no_data(settings, expected):
     assert needs_data(quant_cfg_of(QuantizationConfig(**settings))) is expected
+
+
+@pytest.mark.parametrize(
+    ("last", "expected"),
+    [
+        ([], True),
+        ([{"quantizer_name": "*", "enable": False}], False),
+        ([{"quantizer_name": "*", "parent_class": "nn.LayerNorm", "enable": False}], True),
+        ([{"quantizer_name": "*input_quantizer", "enable": False}], False),
+        ([{"quantizer_name": "*", "enable": False}, {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": 8}}], False),
+        ([{"quantizer_name": "*input_quantizer", "cfg": {"type": "dynamic"}}], False),
+        ([{"quantizer_name": "*input_quantizer", "cfg": [{"type": "dynamic"}, {"num_bits": 8}]}], True),
+        ([{"quantizer_name": "*input_quantizer", "cfg": {"block_sizes": {"type": "dynamic", "scale_bits": (8, 0)}}}], False),
+        ([{"quantizer_name": "*input_quantizer", "cfg": {"block_sizes": {"type": "dynamic", "scale_bits": (4, 3)}}}], True),
+        ([{"quantizer_name": "*input_quantizer", "cfg": {"block_sizes": {"type": "static", "scale_bits": (8, 0)}}}], True),
+    ],
+)
+def test_the_last_entry_of_a_name_says_whether_data_is_needed(last, expected):
+    first = {"quantizer_name": "*input_quantizer", "cfg": {"num_bits": 8}}
+    assert needs_data({"quant_cfg": [first, *last], "algorithm": "max"}) is expected
+
+
+def test_files_keep_the_order_of_entries_and_end_in_a_line(tmp_path):
+    """A person may read and change them."""
+    for suffix, text in ((".json", '{\n  "quant_cfg": [],\n  "algorithm": "max"\n}\n'), (".yaml", "quant_cfg: []\nalgorithm: max\n")):
+        path = tmp_path / f"recipe{suffix}"
+        save_quant_cfg({"quant_cfg": [], "algorithm": "max"}, path)
+        assert path.read_text() == text
 
 
 def test_layers_count_over_all_stages():
