@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from modelopt.torch.quantization.nn import TensorQuantizer
 
+from nemo_opt.checkpoint.amax_sharding import repair_amax_sharding
 from nemo_opt.models.build import unwrap
 from nemo_opt.models.shards import GATE_SUFFIX, UP_SUFFIX, full_tensors, quantizer_shards
 
@@ -57,6 +58,7 @@ def quantizer_tensors(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, 
         the up rows of a gated MLP, and `input_quantizer._pre_quant_scale` as [columns].
 
     """
+    repair_amax_sharding()  # whoever quantised with ModelOpt alone has not: the rows of gate and up would be mixed
     return full_tensors(quantizer_shards(chunks))
 
 
