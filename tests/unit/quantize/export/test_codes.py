@@ -8,7 +8,7 @@ from modelopt.torch.quantization.config import QuantizerAttributeConfig
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 
 from nemo_opt.errors import ConfigError
-from nemo_opt.quantize.export.codes import code_weight, fp8_scale, int_scale
+from nemo_opt.quantize.export.codes import _e2m1, code_weight, fp8_scale, int_scale
 from nemo_opt.quantize.export.formats import Kind, LinearFormat
 
 INTEGER_TOLERANCE = 2**-22
@@ -119,3 +119,69 @@ def test_an_amax_that_is_none_is_refused(bad):
     form = LinearFormat(kind=Kind.FP8, quantizes_inputs=True)
     with pytest.raises(ConfigError, match="amax must be finite and not negative"):
         code_weight(torch.ones(2, 2), form, torch.tensor(bad))
+
+
+def test_one_bad_amax_among_good_ones_is_refused():
+    form = LinearFormat(kind=Kind.INT8, quantizes_inputs=True)
+    for bad in (-1.0, float("inf")):
+        with pytest.raises(ConfigError, match="calibrate again"):
+            code_weight(torch.ones(2, 2), form, torch.tensor([[1.0], [bad]]))
+
+
+def test_scales_of_16_bit_amax_are_float32():
+    amax = torch.tensor([3.0], dtype=torch.bfloat16)
+    assert fp8_scale(amax).tolist() == [float(1 / (448 / torch.tensor(3.0)))]
+    assert int_scale(amax, 7).tolist() == [float(1 / (torch.tensor(7.0) / 3))]
+    form = LinearFormat(kind=Kind.NVFP4, quantizes_inputs=True)
+    assert code_weight(torch.ones(1, 16).bfloat16(), form, amax).scale_2 == torch.tensor(3.0) / 2688
+
+
+@pytest.mark.parametrize(("exponent", "is_zero"), [(-24, True), (-23.9, False)])
+def test_the_smallest_amax_is_modelopts(exponent, is_zero):
+    weight = torch.full((1, 16), 2.0**exponent)
+    fake, decoded, codes = _coded(weight, Kind.INT8)
+    torch.testing.assert_close(decoded, fake, rtol=INTEGER_TOLERANCE, atol=0)
+    assert bool(codes.values.any()) is not is_zero
+    assert (codes.scale == 1).all() == is_zero
+
+
+@pytest.mark.parametrize(("kind", "codes"), [(Kind.INT8, [127, -128, -128, 64]), (Kind.INT4, [7, -8, -8, 4])])
+def test_integers_beyond_the_amax_are_clamped_to_the_whole_range(kind, codes):
+    form = LinearFormat(kind=kind, block=(1, 4) if kind is Kind.INT4 else (1, 0), quantizes_inputs=False)
+    bound = max(codes)
+    weight = torch.tensor([[2.0, -2.0, -(bound + 1) / bound, 0.5]])
+    assert code_weight(weight, form, torch.ones(1, 1)).values.tolist() == [codes]
+
+
+@pytest.mark.parametrize(
+    ("largest", "scale"),
+    [
+        (448.0, 127),
+        (448.5, 128),
+        (224.0, 126),
+        (2.0**-118 * 1.75, 1),
+        (2.0**-119 * 1.75, 0),
+        (2.0**-140, 0),
+        (2.0**127 * 1.75, 246),
+        (2.0**127 * 1.8, 247),
+        (0.0, 0),
+    ],
+)
+def test_mx_scales_are_the_smallest_powers_of_two_that_suffice(largest, scale):
+    weight = torch.zeros(1, 64)
+    weight[0, 3], weight[0, 40] = -largest, 1.0
+    codes = code_weight(weight, LinearFormat(kind=Kind.MXFP8, quantizes_inputs=True), None)
+    assert codes.scale.tolist() == [[scale, 119]]
+    assert codes.values.float()[0, 40] == 256
+    if largest >= 2.0**-119:
+        assert codes.values.float()[0, 3] == pytest.approx(-largest / 2.0 ** (scale - 127), rel=2**-4)
+
+
+def test_ties_of_e2m1_go_to_the_even_index():
+    edges = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    assert _e2m1(edges).tolist() == [0, 2, 2, 4, 4, 6, 6]
+    assert _e2m1(edges + 1e-3).tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert _e2m1(edges - 1e-3).tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert _e2m1(-edges).tolist() == [0, 10, 10, 12, 12, 14, 14]
+    assert _e2m1(torch.tensor([0.0, -0.0, -0.1])).tolist() == [0, 0, 0]
+    assert _e2m1(edges).dtype == torch.uint8

@@ -66,3 +66,33 @@ def test_a_scale_that_cannot_be_moved_is_written_with_all_its_kind(formats, scal
 
 def test_rows_of_a_linear_that_is_not_quantised_take_any_scale():
     assert _fold({FC2: torch.ones(24)}, {FC2: ROWS}).rows.keys() == {f"{FC1}.weight_v"}
+
+
+@pytest.mark.parametrize(
+    ("formats", "reasons"),
+    [
+        ({QKV: ROWS, FC1: WHOLE}, {FC2: f"the rows of {FC1} share a scale ({WHOLE.kind})"}),
+        ({QKV: WHOLE, FC1: ROWS}, {PROJ: f"the rows of {QKV} share a scale ({WHOLE.kind})"}),
+    ],
+)
+def test_the_reason_names_what_could_not_take_the_scale(formats, reasons):
+    folding = _fold({PROJ: SHARED.bfloat16(), FC2: torch.ones(24)}, formats)
+    assert folding.reasons == reasons
+    assert {name: (scale.tolist(), scale.dtype) for name, scale in folding.written.items()} == {
+        PROJ: (SHARED.tolist(), torch.float32),
+        FC2: ([1.0] * 24, torch.float32),
+    }
+
+
+def test_scales_are_found_by_their_name_among_others_and_made_float32():
+    tensors = {
+        f"{QKV}.input_quantizer._pre_quant_scale": torch.ones(16).bfloat16(),
+        f"{FC2}.input_quantizer._pre_quant_scale": torch.ones(24).bfloat16(),
+        f"{QKV}.input_quantizer._amax": torch.tensor(1.0),
+        f"{PROJ}.weight_quantizer._amax": torch.ones(16, 1),
+    }
+    folding = fold(tensors, BY_ROW, MODEL, quantizes_cache=False)
+    assert folding.norms.keys() == {f"{QKV}.layer_norm_weight"}
+    assert folding.rows.keys() == {f"{FC1}.weight_v"}
+    assert not folding.reasons
+    assert all(scale.dtype == torch.float32 for scale in (*folding.norms.values(), *folding.rows.values()))

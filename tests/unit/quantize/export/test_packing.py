@@ -71,3 +71,15 @@ def test_names_and_shapes_of_modelopt():
         "linear.pre_quant_scale": (16,),
     }
     assert tensors["linear.weight_scale_2"].data_ptr() != second.data_ptr()  # files refuse tensors that share memory
+
+
+@pytest.mark.parametrize(
+    ("kind", "quantizes_inputs", "num_bits"), [(Kind.INT4, False, 4), (Kind.INT4, True, 4), (Kind.INT8, False, 8), (Kind.INT8, True, None)]
+)
+def test_weights_whose_inputs_stay_are_packed(kind, quantizes_inputs, num_bits):
+    codes, form = _codes(), LinearFormat(kind=kind, block=(1, 8), quantizes_inputs=quantizes_inputs)
+    tensors = _stored(codes, form, COMPRESSED_TENSORS)
+    if num_bits is None:
+        assert tensors["linear.weight"] is codes.values
+    else:
+        assert torch.equal(tensors["linear.weight_packed"], pack_int32(codes.values, num_bits))
