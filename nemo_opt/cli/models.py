@@ -1,7 +1,7 @@
 """Commands that make, change or measure a model. Each makes validated settings and starts one function of `nemo_opt.api`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -173,9 +173,16 @@ def ptq(
         ),
     ] = None,
     awq_block_size: Annotated[int, typer.Option("--awq-block-size", help="Weights that share a scale in int4 formats.")] = 128,
+    fp8_block_shape: Annotated[
+        tuple[int, int], typer.Option("--fp8-block-shape", help="Rows and columns that share a scale in block_fp8.")
+    ] = (128, 128),
+    sq_alpha: Annotated[float, typer.Option("--sq-alpha", help="SmoothQuant's migration strength, 0..1.")] = 0.5,
     weight_only: Annotated[bool, typer.Option("--weight-only", help="Leave activations as they are.")] = False,
     kv_cache: Annotated[
         bool | None, typer.Option("--kv-cache/--no-kv-cache", help="Quantise the KV cache. Default: NeMo's rule, not beside int8.")
+    ] = None,
+    kv_cache_format: Annotated[
+        str | None, typer.Option("--kv-cache-format", help="fp8 or nvfp4. Default: fp8.", show_default=False)
     ] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Compare algorithms; OUTPUT holds each result.", rich_help_panel=_SWEEP)] = False,
     algorithms: Annotated[
@@ -188,6 +195,11 @@ def ptq(
     calibration_samples: Annotated[
         int, typer.Option("--calibration-samples", help="Samples to calibrate on.", rich_help_panel=_DATA)
     ] = 128,
+    packing: Annotated[
+        str,
+        typer.Option("--packing", help="Rows to calibrate on: full (pack), or one document each (pad).", rich_help_panel=_DATA),
+    ] = "pack",
+    sample: Annotated[bool, typer.Option("--generate-sample", help="Continue two prompts with the quantised model.")] = False,
     tokenizer: Tokenizer = None,
     mbs: Mbs = 8,
     seq_length: SeqLength = 128,
@@ -218,8 +230,12 @@ def ptq(
         "quantization": QuantizationConfig(
             algorithm=algorithm,
             awq_block_size=awq_block_size,
+            fp8_block_shape=fp8_block_shape,
+            sq_alpha=sq_alpha,
             weight_only=weight_only,
             enable_kv_cache=kv_cache,
+            kv_cache_qformat=kv_cache_format,
+            calibration_packing=_packing(packing),
             calibration_dataset="builtin" if not data else data[-1],
             calibration_dataset_size=calibration_samples,
             calibration_batch_size=mbs,
@@ -233,12 +249,19 @@ def ptq(
         "overwrite": overwrite,
     }
     if not sweep:
-        _run("ptq", layout, json, export=ExportConfig(path=str(output), export_format=export_format or "nemo"), **common)
+        written = ExportConfig(path=str(output), export_format=export_format or "nemo", generate_sample=sample)
+        _run("ptq", layout, json, export=written, **common)
         return
     names = [name.strip() for name in algorithms.split(",")] if algorithms is not None else list(ALGORITHMS)
     chosen = {"algorithms": names, "export_format": (export_format or "hf") if export else None}
     if _run("ptq_sweep", layout, json, output=str(output), **chosen, **common).failed:
         raise typer.Exit(1)
+
+
+def _packing(name: str) -> Literal["pack", "pad"]:
+    if name not in ("pack", "pad"):
+        raise ConfigError(f"--packing {name} is unknown: give pack or pad")
+    return "pack" if name == "pack" else "pad"
 
 
 @with_layout

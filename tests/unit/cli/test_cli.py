@@ -16,6 +16,7 @@ from nemo_opt.api.results import (
     ImportResult,
     PruneResult,
     PtqResult,
+    RecipeResult,
     SweepResult,
     SweepRun,
     TrainResult,
@@ -64,6 +65,7 @@ RESULTS = {
     "import_ckpt": ImportResult(**FACTS, source="HF", bytes_after=4_680_000_000),
     "export_ckpt": ExportResult(**FACTS, source="CKPT", bytes_after=4_680),
     "evaluate": EvalResult(**FACTS, loss=5.0, tokens=8192),
+    "search_recipe": RecipeResult(**FACTS, effective_bits=5.4, budget_bits=6, formats={"int4": 1}, format_of={"a": "int4"}),
 }
 
 
@@ -145,7 +147,7 @@ def test_settings_of_the_commands(started):
 
 
 def test_quantisation_by_settings(started):
-    call("ptq CKPT OUT -a int4_awq --awq-block-size 64 --weight-only --no-kv-cache --export-format hf --report R.html")
+    call("ptq CKPT OUT -a int4_awq --awq-block-size 64 --weight-only --no-kv-cache --export-format hf --report R.html --packing pad")
     call("ptq CKPT OUT --sweep --algorithms fp8,int4 --no-export --kv-cache --report R.html")
     one, sweep = (settings for _, _, settings in started)
     quantization = one["quantization"]
@@ -164,6 +166,28 @@ def test_quantisation_by_settings(started):
     assert started[-1][2]["export_format"] == "nemo"
     call("ptq CKPT OUT")
     assert started[-1][2]["export"].export_format == "nemo"
+    assert not started[-1][2]["export"].generate_sample
+    assert quantization.calibration_packing == "pad"
+    call("ptq CKPT OUT --sq-alpha 0.25 --fp8-block-shape 16 64 --kv-cache-format nvfp4 --generate-sample")
+    settings = started[-1][2]
+    quantization = settings["quantization"]
+    assert (quantization.sq_alpha, quantization.fp8_block_shape) == (0.25, (16, 64))
+    assert (quantization.kv_cache_qformat, quantization.calibration_packing) == ("nvfp4", "pack")
+    assert settings["export"].generate_sample
+
+
+def test_unknown_packing_is_refused(started, capsys):
+    assert call("ptq CKPT OUT --packing tight") == 2
+    assert "give pack or pad" in capsys.readouterr().err
+    assert not started
+
+
+def test_recipe(started):
+    call("recipe CKPT mixed.yaml --bits 6 --algorithms int4,int8 --awq-block-size 32 --samples 16 --tp 2")
+    ((command, devices, settings),) = started
+    assert (command, devices, settings["topology"]) == ("search_recipe", 2, Topology(tp=2))
+    assert (settings["output"], settings["effective_bits"], settings["samples"]) == ("mixed.yaml", 6.0, 16)
+    assert [(config.algorithm, config.awq_block_size) for config in settings["candidates"]] == [("int4", 32), ("int8", 32)]
 
 
 @pytest.mark.parametrize("flag", ["--algorithms fp8", "--no-export"])
