@@ -139,9 +139,7 @@ def _compressed_tensors(formats: Mapping[str, LinearFormat], unquantized: Sequen
             f"group_{number}": {
                 "targets": ["Linear"] if len(groups) == 1 else names,
                 "weights": _weight_arguments(form),
-                "input_activations": _arguments(8, "int" if form.kind is Kind.INT8 else "float", "tensor")
-                if form.quantizes_inputs
-                else None,
+                "input_activations": _input_arguments(form) if form.quantizes_inputs else None,
                 "output_activations": None,
                 "format": layouts[number],
             }

@@ -118,3 +118,59 @@ def test_compressed_tensors_accepts_its_form(formats, layout, strategies, cache)
     assert (parsed.kv_cache_scheme is not None) == (cache is not None)
     targets = [group.targets for group in parsed.config_groups.values()]
     assert targets == ([["Linear"]] if len(formats) == 1 else [[name] for name in names])
+
+
+def test_the_refusal_names_one_that_each_form_cannot_say():
+    formats = {"a": FP8, "b": INT8_WEIGHTS, "c": NVFP4_WEIGHTS}
+    with pytest.raises(ConfigError) as refusal:
+        choose_method(formats, writes_scales=False, cache=None)
+    assert str(refusal.value) == (
+        "no form of export holds both b (int8, weights only) and c (nvfp4, weights only) with the KV cache in full precision: "
+        "export_format='nemo' keeps them"
+    )
+    with pytest.raises(ConfigError, match=r"both a \(int8\) and a \(int8\) with the KV cache in nvfp4"):
+        choose_method({"a": INT8}, writes_scales=False, cache="nvfp4")
+
+
+@pytest.mark.parametrize(
+    ("kind", "weights", "inputs"),
+    [
+        (INT8, (8, "int", "channel"), (8, "int", "tensor")),
+        (INT8_WEIGHTS, (8, "int", "channel"), None),
+        (FP8, (8, "float", "tensor"), (8, "float", "tensor")),
+        (INT4, (4, "int", "group"), None),
+        (BLOCK, (8, "float", "block"), None),
+    ],
+)
+def test_groups_of_compressed_tensors(kind, weights, inputs):
+    said = _describe({"a": kind, "b": kind}, COMPRESSED_TENSORS, "fp8")
+    assert said.documents == {}
+    quantization = said.quantization_config
+    assert {name: value for name, value in quantization.items() if name not in ("config_groups", "format")} == {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": _arguments(8, "float", "tensor"),
+    }
+    (group,) = quantization["config_groups"].values()
+    shape = {INT4: {"group_size": 128}, BLOCK: {"block_structure": [64, 128]}}.get(kind, {})
+    assert group["weights"] == _arguments(*weights) | shape
+    assert group["input_activations"] == (inputs and _arguments(*inputs))
+    assert group["output_activations"] is None
+    assert group["format"] == quantization["format"]
+
+
+def _arguments(num_bits, kind, strategy):
+    return {"num_bits": num_bits, "type": kind, "strategy": strategy, "symmetric": True, "dynamic": False}
+
+
+@pytest.mark.parametrize("cache", ["fp8", "nvfp4", None])
+def test_what_is_in_the_flat_form(cache):
+    keys = {"quant_method", "quant_algo", "ignore", "producer"}
+    more = {"fp8": {"kv_cache_scheme"}, "nvfp4": {"quantization"}, None: set()}[cache]
+    said = _describe({"a": FP8}, MODELOPT, cache)
+    assert said.quantization_config.keys() == keys | more
+    assert said.documents["hf_quant_config.json"]["quantization"]["kv_cache_quant_algo"] == (cache and cache.upper())
+    with pytest.raises(AttributeError):
+        said.documents = {}

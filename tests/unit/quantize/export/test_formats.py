@@ -95,3 +95,59 @@ def test_format_of_the_cache():
 def test_half_a_cache_is_refused(settings):
     with pytest.raises(ConfigError, match="export_format='nemo' keeps it"):
         cache_format(settings)
+
+
+def test_kinds_are_documented_names():
+    assert [str(kind) for kind in Kind] == ["fp8", "block_fp8", "int8", "int4", "w4a8", "nvfp4", "mxfp8"]
+    with pytest.raises(AttributeError):
+        KNOWN[0][3].kind = Kind.INT8
+
+
+def test_linears_are_sorted_and_the_first_unknown_is_named():
+    linears = {f"decoder.layers.{layer}.mlp.linear_fc2.weight_quantizer": FP8 for layer in (2, 0, 1)}
+    assert list(linear_formats(linears)) == [f"decoder.layers.{layer}.mlp.linear_fc2" for layer in range(3)]
+    with pytest.raises(ConfigError, match=r"^a.output_quantizer is enabled"):
+        linear_formats({"b.output_quantizer": FP8, "a.output_quantizer": FP8})
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        QuantizerSettings(num_bits=4, axis=None, block_sizes={-1: 64, -2: 4}),
+        QuantizerSettings(num_bits=4, axis=None, block_sizes={-1: 64, "type": "dynamic"}),
+        QuantizerSettings(num_bits=4, axis=0, block_sizes=None),
+        QuantizerSettings(num_bits=(4, 3), axis=None, block_sizes={-1: 64}),
+        QuantizerSettings(num_bits=(4, 3), axis=None, block_sizes={-2: 64}),
+        QuantizerSettings(num_bits=(4, 3), axis=None, block_sizes={-1: 64, -2: 64, "type": "dynamic"}),
+        QuantizerSettings(num_bits=(4, 3), axis=0, block_sizes=None),
+        QuantizerSettings(num_bits=8, axis=1, block_sizes=None),
+        QuantizerSettings(num_bits=8, axis=0, block_sizes={-1: 64}),
+        QuantizerSettings(num_bits=(2, 1), axis=None, block_sizes={-1: 32, "type": "dynamic", "scale_bits": (4, 3)}),
+        QuantizerSettings(num_bits=(2, 1), axis=None, block_sizes={-1: 16, "type": "static", "scale_bits": (4, 3)}),
+        QuantizerSettings(num_bits=(4, 3), axis=None, block_sizes={-1: 16, "type": "dynamic", "scale_bits": (8, 0)}),
+    ],
+    ids=str,
+)
+def test_weights_near_a_known_format_are_refused(first):
+    with pytest.raises(ConfigError, match="no engine reads that from a Hugging Face directory; export_format='nemo' keeps it"):
+        linear_formats(_settings(first, None, None))
+
+
+@pytest.mark.parametrize("axis", [0, (0,)])
+def test_rows_of_int8_by_either_spelling(axis):
+    settings = _settings(QuantizerSettings(num_bits=8, axis=axis, block_sizes=None), None, None)
+    assert linear_formats(settings)[FC2].kind is Kind.INT8
+
+
+@pytest.mark.parametrize(
+    ("first", "inputs"),
+    [
+        (MXFP8, NVFP4),
+        (NVFP4, MXFP8),
+        (INT8_ROWS, INT8_ROWS),
+        (INT8_ROWS, QuantizerSettings(num_bits=8, axis=None, block_sizes={-1: 64})),
+    ],
+)
+def test_inputs_in_another_format_are_refused(first, inputs):
+    with pytest.raises(ConfigError, match=f"{FC2} is quantised by"):
+        linear_formats(_settings(first, None, inputs))
