@@ -199,7 +199,7 @@ class _Linear(torch.nn.Module):
 def _found_by(searched, tp=1):
     """What a search makes of upstream's statistics: a row-parallel linear, one of two modules, and the head."""
     model = torch.nn.Module()
-    model.row, model.q, model.kv, model.output_layer = _Linear(True), _Linear(False), _Linear(True), _Linear(None)
+    model.row, model.q, model.kv, model.output_layer = _Linear(True), _Linear(None), _Linear(True), _Linear(False)
     state, batches = {"best": {"recipe": "upstream's"}}, [{"tokens": 1}, {"tokens": 2}, {"tokens": 3}]
 
     def stats(names, scores, size):
@@ -308,8 +308,11 @@ def test_rank_0_decides():
     def broadcast(picked, src):
         picked[0] = "rank 0's"
 
+    choice = _Choice(None, 0.0, 1.0)
     with patch.object(auto.dist, "broadcast_object_list", broadcast):
-        assert _solve({"a": [_Choice(None, 0.0, 1.0)]}, 16) == "rank 0's"
+        assert _solve({"a": [choice]}, 16) == "rank 0's"
+    with pytest.raises(AttributeError):
+        choice.score = 1.0
 
 
 def test_recipes_hold_no_types_of_upstream():

@@ -63,3 +63,26 @@ def test_a_token_is_rounded_for_itself(seed, form):
 @pytest.mark.parametrize("form", ROUNDINGS)
 def test_zeros_stay_zeros(form):
     assert torch.equal(ROUNDINGS[form](torch.zeros(2, 32), torch.tensor(0.1)), torch.zeros(2, 32))
+
+
+def test_e2m1_keeps_signs_and_saturates():
+    rounded = round_e2m1(torch.tensor([-1.9, -0.0, 7.0, -9.0, 1.99, 3.99]))
+    assert rounded.tolist() == [-2, 0, 6, -6, 2, 4]
+    assert rounded.signbit().tolist() == [True, True, False, True, False, False]
+
+
+@pytest.mark.parametrize(("largest", "step"), [(448.0, 2.0**-1), (449.0, 2.0**0), (2.0**-140, 0.0), (1.75 * 2.0**127, 2.0**118)])
+def test_powers_of_mx_are_the_smallest_that_suffice(largest, step):
+    """The step of E4M3 between 0.5 and 1 is 1/16; the value 0.5 + 1/32 of the power lies on a tie and goes to the even code."""
+    values = torch.zeros(1, 32)
+    values[0, 0] = largest
+    values[0, 1] = step * (0.5 + 1 / 32) * 2
+    rounded = ROUNDINGS["mxfp8"](values, None)
+    assert rounded[0, 1] == step
+    assert rounded[0, 0] == pytest.approx(largest, rel=2**-4) or step == 0
+
+
+def test_int8_has_its_whole_range():
+    values = torch.tensor([-200.0, -128.0, 127.4, 200.0])
+    assert ROUNDINGS["int8"](values, torch.tensor(1.0)).tolist() == [-128, -128, 127, 127]
+    assert ROUNDINGS["fp8"](torch.tensor([-900.0, 900.0]), torch.tensor(0.5)).tolist() == [-224, 224]
