@@ -316,3 +316,38 @@ def test_results_are_paths(tmp_path):
     result = api.EvalResult(path=str(tmp_path), layout="TP1PP1", spec="te", device="cpu", parameters=1, time_s=0.1, loss=1.0, tokens=2)
     assert Path(result) == tmp_path
     assert result.to_dict()["loss"] == 1.0
+
+
+def recipe(place, **changes):
+    settings = {
+        "checkpoint": str(place / "ckpt"),
+        "output": str(place / "mixed.yaml"),
+        "candidates": [QuantizationConfig(algorithm="int4", awq_block_size=16), QuantizationConfig(algorithm="fp8")],
+        "data": data(place),
+        "samples": 8,
+        **ONE,
+    }
+    checks.check_search_recipe(**(settings | changes))
+
+
+def test_recipes(place):
+    recipe(place)
+    with pytest.raises(ConfigError, match=r"mixed\.txt must end in \.json"):
+        recipe(place, output=str(place / "mixed.txt"))
+    with pytest.raises(ConfigError, match="missing does not exist: make it"):
+        recipe(place, output=str(place / "missing" / "mixed.yaml"))
+    (place / "mixed.yaml").touch()
+    with pytest.raises(ConfigError, match=r"mixed\.yaml exists"):
+        recipe(place)
+    recipe(place, overwrite=True)
+    (place / "mixed.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"candidates \['int4_awq'\] cannot be searched: choose among"):
+        recipe(place, candidates=[QuantizationConfig(algorithm="int4_awq")])
+    with pytest.raises(ConfigError, match="pp 2: the search for mixed precision needs pp 1"):
+        recipe(place, topology=Topology(pp=2), world_size=2)
+    with pytest.raises(ConfigError, match="already quantised"):
+        recipe(place, checkpoint=make(place / "fp8", has_modelopt_state=True))
+    with pytest.raises(ConfigError, match="blocks of 128 do not divide the 32 inputs"):
+        recipe(place, candidates=[QuantizationConfig(algorithm="int4")])
+    with pytest.raises(ConfigError, match="samples 1 < micro-batch size 2"):
+        recipe(place, samples=1)

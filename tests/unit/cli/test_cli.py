@@ -321,6 +321,7 @@ def test_reports_have_numbers_and_the_place(command, capsys):
         "import_ckpt": ["HF", "4.68 GB"],
         "export_ckpt": ["CKPT", "4.68 kB"],
         "evaluate": ["5.0000 over 8192 tokens", "read OUT"],
+        "search_recipe": ["5.40, 6 allowed", "1 int4", "written to OUT"],
     }
     for text in ["2.5 s", "OUT", *expected[command]]:
         assert text in output
