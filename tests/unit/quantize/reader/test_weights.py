@@ -100,3 +100,62 @@ def test_a_shape_that_contradicts_the_model_is_refused(tmp_path):
     }
     with pytest.raises(CheckpointError, match=r"weight_shape is \[2, 2\], the model needs \[1, 4\]"):
         _read(tmp_path, tensors, form("int8_words"), 1, 4)
+
+
+FLOATS, SCALAR = ("F32", "BF16", "F16"), ((), (1,))
+E4M3 = (("F8_E4M3",), ((16, 80),))
+WORDS = ("weight_shape", (("I64", "I32"), ((2,),)))
+STORED = [
+    (form("fp8"), {"weight": E4M3, "weight_scale": (FLOATS, SCALAR)}),
+    (form("fp8_channel"), {"weight": E4M3, "weight_scale": (FLOATS, ((16,), (16, 1)))}),
+    (form("fp8_block", (4, 20)), {"weight": E4M3, "weight_scale": (FLOATS, ((4, 4), (4, 1, 4, 1)))}),
+    (form("int8"), {"weight": (("I8",), ((16, 80),)), "weight_scale": (FLOATS, ((16,), (16, 1)))}),
+    (form("int8_words"), {"weight_packed": (("I32",), ((16, 20),)), "weight_scale": (FLOATS, ((16, 1),)), WORDS[0]: WORDS[1]}),
+    (form("int4_words", (1, 20)), {"weight_packed": (("I32",), ((16, 10),)), "weight_scale": (FLOATS, ((16, 4),)), WORDS[0]: WORDS[1]}),
+    (form("int4_rows", (1, 20)), {"weight": (("U8",), ((8, 80),)), "weight_scale": (FLOATS, ((16, 4),))}),
+    (
+        form("w4a8", (1, 20)),
+        {"weight": (("U8",), ((8, 80),)), "weight_scale": (FLOATS, ((16, 4),)), "weight_scale_2": (FLOATS, SCALAR)},
+    ),
+    (
+        form("nvfp4", (1, 16)),
+        {"weight": (("U8",), ((16, 40),)), "weight_scale": (("F8_E4M3",), ((16, 5),)), "weight_scale_2": (FLOATS, SCALAR)},
+    ),
+    (form("mxfp8", (1, 16)), {"weight": E4M3, "weight_scale": (("U8",), ((16, 5),))}),
+]
+
+
+@pytest.mark.parametrize(("linear", "tensors"), STORED, ids=lambda case: getattr(case, "weight", ""))
+def test_types_and_shapes_of_every_layout(linear, tensors):
+    """As vLLM, SGLang and compressed-tensors declare them."""
+    assert linear_tensors(linear, 16, 80) == tensors
+    assert len(STORED) == len(LAYOUTS)
+    with pytest.raises(AttributeError):
+        LAYOUTS[linear.weight].decode = None
+
+
+def test_words_that_are_not_full(tmp_path):
+    assert linear_tensors(form("int4_words", (1, 1)), 1, 9)["weight_packed"][1] == ((1, 2),)
+    words = torch.tensor([[0x7FFFFFFF, 0xF]]).int()
+    tensors = {"weight_packed": words, "weight_scale": torch.ones(1, 9).bfloat16(), "weight_shape": torch.tensor([1, 9])}
+    assert _read(tmp_path, tensors, form("int4_words", (1, 1)), 1, 9).tolist() == [[7, 7, 7, 7, 7, 7, 7, -1, 7]]
+
+
+def test_every_code_of_e2m1(tmp_path):
+    tensors = {
+        "weight": _u8([[0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE]]),
+        "weight_scale": torch.ones(1, 1).to(F8),
+        "weight_scale_2": torch.tensor(1.0),
+    }
+    positive = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+    assert _read(tmp_path, tensors, form("nvfp4", (1, 16)), 1, 16).tolist() == [[*positive, *(-value for value in positive)]]
+
+
+def test_blocks_have_rows_too(tmp_path):
+    tensors = {"weight": torch.ones(4, 2).to(F8), "weight_scale": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}
+    assert _read(tmp_path, tensors, form("fp8_block", (2, 1)), 4, 2).tolist() == [[1, 2], [1, 2], [3, 4], [3, 4]]
+
+
+def test_w4a8_saturates_between_its_roundings(tmp_path):
+    tensors = {"weight": _u8([[0x87]]), "weight_scale": torch.tensor([[1.0], [1.0]]), "weight_scale_2": torch.tensor(2.0**-8)}
+    assert _read(tmp_path, tensors, form("w4a8", (1, 1)), 2, 1).tolist() == [[448 / 256], [-448 / 256]]
