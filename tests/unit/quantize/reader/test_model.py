@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from nemo_opt.errors import CheckpointError
 from nemo_opt.parallel import Topology, parallel
 from nemo_opt.quantize.export import export_quantized_hf
+from nemo_opt.quantize.reader import model as reader_model
 from nemo_opt.quantize.reader import open_export
+from nemo_opt.quantize.reader.description import LinearForm
 from nemo_opt.testing.quantized import labelled_batches, small_quantized
 
 DOWN = "model.layers.1.mlp.down_proj"
@@ -100,3 +103,77 @@ def test_size_is_counted_in_the_files(directories):
     total = sum(tensor.nbytes for tensor in load_file(directories["int4"] / "model.safetensors").values())
     assert model.bits_per_parameter == pytest.approx(8 * total / model.parameters, rel=1e-2)
     assert json.loads((directories["int4"] / "config.json").read_text())["vocab_size"] == model.model.config.vocab_size
+
+
+class _Files:
+    """Tensors as a directory holds them."""
+
+    def __init__(self, tensors):
+        self.tensors, self.names = tensors, set(tensors)
+
+    def whole(self, name):
+        return self.tensors[name]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "stored", "expected"),
+    [
+        (None, {}, [0.3, 2.6]),
+        (None, {"pre_quant_scale": [2.0, 0.5]}, [0.6, 1.3]),
+        ("int8", {"input_scale": 1.0}, [0, 3]),
+        ("int8", {"input_scale": [0.5], "pre_quant_scale": [2.0, 0.5]}, [0.5, 1.5]),
+        ("int8_token", {}, [15 * 2.6 / 127, 2.6]),
+    ],
+)
+def test_inputs_are_scaled_and_then_rounded(inputs, stored, expected):
+    linear = torch.nn.Linear(2, 2, bias=False)
+    linear.weight.data = torch.eye(2)
+    files = _Files({f"down.{name}": torch.tensor(value, dtype=torch.bfloat16) for name, value in stored.items()})
+    reader_model._hook(linear, LinearForm(weight="int8", group=(1, 0), inputs=inputs, label=""), files, "down", "cpu")
+    assert linear(torch.tensor([0.3, 2.6])).tolist() == pytest.approx(expected)
+    assert bool(linear._forward_pre_hooks) == bool(inputs or stored)
+
+
+def test_a_scale_that_only_some_layers_have_is_named():
+    linears = [f"model.layers.{layer}.mlp.{name}" for layer in range(3) for name in ("up_proj", "down_proj")]
+    description = SimpleNamespace(linears=dict.fromkeys(linears))
+    scales = {f"model.layers.{layer}.mlp.down_proj.pre_quant_scale": None for layer in (0, 2)}
+    assert reader_model._partial(_Files(scales), description) == [
+        "model.layers.1.mlp.down_proj.pre_quant_scale is missing, other layers have it"
+    ]
+    assert reader_model._partial(_Files(scales | {"model.layers.1.mlp.down_proj.pre_quant_scale": None}), description) == []
+    assert reader_model._partial(_Files({}), description) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "tied"),
+    [
+        ("lm_head.weight", {"tie_word_embeddings": True}, True),
+        ("lm_head.weight", {"tie_word_embeddings": False}, False),
+        ("lm_head.weight", {}, False),
+        ("model.norm.weight", {"tie_word_embeddings": True}, False),
+    ],
+)
+def test_only_a_tied_head_is_no_tensor(name, config, tied):
+    assert reader_model._is_tied(name, SimpleNamespace(config=config)) is tied
+
+
+def test_a_tied_head_is_the_embedding_whether_it_is_stored_or_not(change, tmp_path):
+    def tie(tensors, keep):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        if not keep:
+            del tensors["lm_head.weight"]
+
+    (batch,) = labelled_batches(1)
+    logits = []
+    for keep in (True, False):
+        directory = change("fp8", lambda tensors, keep=keep: tie(tensors, keep))
+        if not keep:
+            config = json.loads((directory / "config.json").read_text()) | {"tie_word_embeddings": True}
+            (directory / "config.json").write_text(json.dumps(config))
+        model = open_export(directory)
+        logits.append(model.logits(batch["tokens"]))
+        head = model.model.lm_head.weight
+        assert (head.data_ptr() == model.model.model.embed_tokens.weight.data_ptr()) is not keep
+        shutil.rmtree(directory)
+    assert torch.equal(*logits)
