@@ -85,6 +85,8 @@ def test_the_alpha_is_the_one_whose_outputs_differ_least(fmt):
         torch.testing.assert_close(linear.weight.detach(), weight * scale)
         assert linear.weight_quantizer.is_enabled
         torch.testing.assert_close(linear.weight_quantizer(linear.weight).detach(), _after(fmt, weight * scale), rtol=1e-4, atol=1e-5)
+        levels = linear.weight_quantizer if fmt.startswith("W4A8") else [linear.weight_quantizer]
+        assert all(level.amax is not None for level in levels), "of both formats"
         if linear.input_quantizer.is_enabled:
             assert linear.input_quantizer.axis is None
             torch.testing.assert_close(linear.input_quantizer.amax, (x / scale).abs().max())
