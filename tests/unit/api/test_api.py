@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,8 @@ def everything(root):
             "fp8",
             "sweep",
             "measured",
+            "mixed",
+            "quantised hf",
             "pruned",
             "from scores",
             "searched",
@@ -99,6 +102,25 @@ def everything(root):
         topology=PP2,
         eval_batches=EVAL_BATCHES,
     )
+    r["recipe"] = api.search_recipe(
+        checkpoint=path["teacher"],
+        output=f"{root}/mixed.yaml",
+        effective_bits=6.0,
+        candidates=[QuantizationConfig(algorithm=name, awq_block_size=16) for name in ("int4", "int8")],
+        topology=TP2,
+        data=data,
+        samples=8,
+    )
+    r["mixed"] = api.ptq(
+        checkpoint=path["teacher"],
+        quantization=replace(CALIBRATION, algorithm=f"{root}/mixed.yaml"),
+        export=ExportConfig(path=path["mixed"], export_format="nemo", generate_sample=True),
+        data=data,
+        topology=PP2,
+        eval_batches=EVAL_BATCHES,
+    )
+    r["quantised hf"] = api.export_ckpt(checkpoint=path["fp8"], output=path["quantised hf"], topology=PP2)
+    r["quantised hf eval"] = api.evaluate(path=path["quantised hf"], data=data, topology=DP2, eval_batches=EVAL_BATCHES // 2)
     r["fp8 again"] = api.evaluate(path=path["fp8"], data=data, topology=PP2, eval_batches=EVAL_BATCHES)
     r["pruned"] = api.prune(
         checkpoint=path["teacher"],
@@ -241,6 +263,27 @@ def test_sweep(results, root):
     text = (root / "sweep.html").read_text()
     assert text.count("<svg") == 2 + 2 * 2
     assert "failed: blocks of 32" in text
+
+
+def test_recipe_is_searched_and_quantises_at_another_layout(results):
+    recipe, mixed = results["recipe"], results["mixed"]
+    assert (recipe.layout, recipe.budget_bits) == ("TP2PP1", 6.0)
+    assert 4 <= recipe.effective_bits <= 6
+    assert sum(recipe.formats.values()) == len(recipe.format_of) == 2 * 4
+    assert recipe.parameters == results["teacher"].parameters
+    assert recipe.time_s > 0
+    inputs = sum(name == "int8" for name in recipe.format_of.values())
+    assert mixed.quantizers == inputs + sum(name != "none" for name in recipe.format_of.values())
+    assert list(mixed.samples) == ["Born in north-east France, Soyer trained as a", "I was born in"]
+    assert mixed.proof["logit_error"] == 0
+
+
+def test_quantised_checkpoint_becomes_a_directory_that_computes_the_same(results):
+    assert results["quantised hf"].bytes_after < 4 * results["teacher"].parameters, "less than float32, tokenizer included"
+    found = results["quantised hf eval"]
+    assert found.formats == {"fp8": 2 * 7}
+    # Files leave out the rows that pad the vocabulary, which Megatron's loss counts.
+    assert found.loss == pytest.approx(results["fp8"].loss_after, abs=0.05)
 
 
 def test_prune(results):
