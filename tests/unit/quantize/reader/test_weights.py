@@ -151,6 +151,22 @@ def test_every_code_of_e2m1(tmp_path):
     assert _read(tmp_path, tensors, form("nvfp4", (1, 16)), 1, 16).tolist() == [[*positive, *(-value for value in positive)]]
 
 
+def test_an_even_row_lies_below_the_odd_one_after_it(tmp_path):
+    tensors = {"weight": _u8([[0x21, 0x43], [0x65, 0x77]]), "weight_scale": torch.ones(4, 1)}
+    assert _read(tmp_path, tensors, form("int4_rows", (1, 2)), 4, 2).tolist() == [[1, 3], [2, 4], [5, 7], [6, 7]]
+
+
+def test_an_even_column_lies_below_the_odd_one_after_it(tmp_path):
+    tensors = {"weight": _u8([[0x21], [0x43]]), "weight_scale": torch.ones(2, 1).to(F8), "weight_scale_2": torch.tensor(1.0)}
+    assert _read(tmp_path, tensors, form("nvfp4", (1, 2)), 2, 2).tolist() == [[0.5, 1.0], [1.5, 2.0]]
+
+
+def test_one_scale_of_many_that_is_not_finite_is_refused(tmp_path):
+    tensors = {"weight": torch.ones(2, 1).to(torch.int8), "weight_scale": torch.tensor([1.0, float("inf")])}
+    with pytest.raises(CheckpointError, match="not finite"):
+        _read(tmp_path, tensors, form("int8"), 2, 1)
+
+
 def test_blocks_have_rows_too(tmp_path):
     tensors = {"weight": torch.ones(4, 2).to(F8), "weight_scale": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}
     assert _read(tmp_path, tensors, form("fp8_block", (2, 1)), 4, 2).tolist() == [[1, 2], [1, 2], [3, 4], [3, 4]]
