@@ -5,6 +5,7 @@ import json
 import pytest
 
 from nemo_opt.errors import CheckpointError, ConfigError
+from nemo_opt.quantize.reader import description
 from nemo_opt.quantize.reader.description import is_quantized, read_description
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2, "tie_word_embeddings": False}
@@ -152,3 +153,26 @@ def test_is_quantized(tmp_path):
     assert not is_quantized(write(tmp_path))
     assert is_quantized(write(tmp_path, MODELOPT))
     assert is_quantized(write(tmp_path, None, {"quant_algo": "FP8"}))
+
+
+@pytest.mark.parametrize(
+    ("algo", "weight", "inputs", "group", "may_scale_inputs", "label"),
+    [
+        ("FP8", "fp8", "fp8", (1, 0), False, "FP8"),
+        ("FP8_PER_CHANNEL_PER_TOKEN", "fp8_channel", "fp8_token", (1, 0), False, "FP8 per channel and token"),
+        ("FP8_PB_WO", "fp8_block", None, (128, 128), False, "FP8 blocks, weights only"),
+        ("NVFP4", "nvfp4", "nvfp4", (1, 16), False, "NVFP4"),
+        ("W4A16_NVFP4", "nvfp4", None, (1, 16), False, "NVFP4, weights only"),
+        ("MXFP8", "mxfp8", "mxfp8", (1, 32), False, "MXFP8"),
+        ("W4A16_AWQ", "int4_rows", None, (1, 128), True, "INT4, weights only"),
+        ("W4A8_AWQ", "w4a8", "fp8", (1, 128), True, "W4A8"),
+        ("W8A8_SQ_PER_CHANNEL", "int8", "int8", (1, 0), True, "INT8"),
+        ("W8A16", "int8", None, (1, 0), False, "INT8, weights only"),
+    ],
+)
+def test_what_modelopts_names_stand_for(algo, weight, inputs, group, may_scale_inputs, label):
+    form = description._MODELOPT_FORMS[algo]
+    assert (form.weight, form.inputs, form.group, form.may_scale_inputs, form.label) == (weight, inputs, group, may_scale_inputs, label)
+    assert (algo in description._GROUPED) == bool(group[1])
+    with pytest.raises(AttributeError):
+        form.label = ""

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from modelopt.torch.quantization.config import QuantizerAttributeConfig
 from modelopt.torch.quantization.nn import TensorQuantizer
 
-from nemo_opt.quantize.reader.rounding import ROUNDINGS, round_e2m1
+from nemo_opt.quantize.reader.rounding import ROUNDINGS, STATIC, round_e2m1
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 ATTRIBUTES = {
@@ -71,15 +71,18 @@ def test_e2m1_keeps_signs_and_saturates():
     assert rounded.signbit().tolist() == [True, True, False, True, False, False]
 
 
-@pytest.mark.parametrize(("largest", "step"), [(448.0, 2.0**-1), (449.0, 2.0**0), (2.0**-140, 0.0), (1.75 * 2.0**127, 2.0**118)])
-def test_powers_of_mx_are_the_smallest_that_suffice(largest, step):
-    """The step of E4M3 between 0.5 and 1 is 1/16; the value 0.5 + 1/32 of the power lies on a tie and goes to the even code."""
+@pytest.mark.parametrize(("largest", "power"), [(448.0, 0), (449.0, 1), (2.0**-140, -127), (1.75 * 2.0**127, 119)])
+def test_powers_of_mx_are_the_smallest_that_suffice(largest, power):
+    """Three quarters of the least value of E4M3, 2^-9 of the power, are rounded to it; of twice the power they would be to zero."""
     values = torch.zeros(1, 32)
-    values[0, 0] = largest
-    values[0, 1] = step * (0.5 + 1 / 32) * 2
+    values[0, 0], values[0, 1] = largest, 2.0**power * 0.75 * 2.0**-9
     rounded = ROUNDINGS["mxfp8"](values, None)
-    assert rounded[0, 1] == step
-    assert rounded[0, 0] == pytest.approx(largest, rel=2**-4) or step == 0
+    assert rounded[0, 1] == 2.0**power * 2.0**-9
+    assert rounded[0, 0] == pytest.approx(largest, rel=2**-4) or power == -127
+
+
+def test_stored_scales_are_amax_over_the_largest_value():
+    assert STATIC == {"fp8": 448, "int8": 127, "nvfp4": 6 * 448}
 
 
 def test_int8_has_its_whole_range():
