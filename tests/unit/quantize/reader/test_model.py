@@ -100,6 +100,7 @@ def test_size_is_counted_in_the_files(directories):
     model = open_export(directories["int4"])
     assert model.bits_per_weight == pytest.approx(4 + 32 / 16 + 2 * 64 * 14 / (2 * 36_864))  # codes, scales, shapes
     assert model.formats == {"INT4, weights only": 14, "unquantised": 1}
+    assert model.parameters == sum(parameter.numel() for parameter in model.model.parameters())
     total = sum(tensor.nbytes for tensor in load_file(directories["int4"] / "model.safetensors").values())
     assert model.bits_per_parameter == pytest.approx(8 * total / model.parameters, rel=1e-2)
     assert json.loads((directories["int4"] / "config.json").read_text())["vocab_size"] == model.model.config.vocab_size
@@ -177,3 +178,23 @@ def test_a_tied_head_is_the_embedding_whether_it_is_stored_or_not(change, tmp_pa
         assert (head.data_ptr() == model.model.model.embed_tokens.weight.data_ptr()) is not keep
         shutil.rmtree(directory)
     assert torch.equal(*logits)
+
+
+def test_types_have_their_sizes():
+    types = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1}
+    assert {name: size * 8 for name, size in types.items()} == reader_model._BITS
+    assert set(reader_model._FLOATS) == {"F64", "F32", "BF16", "F16"}
+
+
+def test_problems_are_told_in_order_of_names(change):
+    def spoil(tensors):
+        for name in (f"{DOWN}.weight_scale", f"{DOWN}.input_scale"):
+            del tensors[name]
+        tensors |= {"z.extra": torch.ones(1), "a.extra": torch.ones(1)}
+        return tensors
+
+    with pytest.raises(CheckpointError) as refusal:
+        open_export(change("fp8", spoil))
+    missing = [f"{DOWN}.{name} is missing" for name in ("input_scale", "weight_scale")]
+    said = "; ".join([*missing, *(f"{name}.extra has no place in the model" for name in "az")])
+    assert str(refusal.value).endswith(f"is not what its description says: {said}")
