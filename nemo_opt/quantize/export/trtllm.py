@@ -28,9 +28,9 @@ from nemo_opt.checkpoint import atomic
 from nemo_opt.errors import CheckpointError, ConfigError
 from nemo_opt.models.config import ModelConfig
 from nemo_opt.models.huggingface import hf_weights
-from nemo_opt.models.huggingface_writer import TOKENIZER_FILES
 from nemo_opt.models.shards import GATE_SUFFIX, UP_SUFFIX
 from nemo_opt.models.sizes import model_config_of, spec_of, unwrap
+from nemo_opt.quantize.export.artifacts import save_artifacts
 from nemo_opt.quantize.export.formats import Kind, LinearFormat, linear_formats
 from nemo_opt.quantize.reader.weights import LAYOUTS
 from nemo_opt.quantize.sqnr import quantized_weights
@@ -119,9 +119,7 @@ def export_trtllm(
         _write(write or _upstream(), unwrap(chunks[0]), dtype, work_dir)
         _complete_config(work_dir, model)
         _check_weights(work_dir, chunks, formats, model)
-        for name in TOKENIZER_FILES if tokenizer_dir is not None else ():
-            if (source := Path(tokenizer_dir or "") / name).is_file():
-                shutil.copyfile(source, work_dir / name)
+        save_artifacts(work_dir, tokenizer_dir=tokenizer_dir)
         atomic.publish(work_dir, out_dir, overwrite=overwrite, marks=_MARKS)
     finally:
         shutil.rmtree(work_dir, ignore_errors=True)
