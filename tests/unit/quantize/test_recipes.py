@@ -218,3 +218,11 @@ def test_layers_count_over_all_stages():
     assert local["algorithm"] == "max"
     assert [entry["quantizer_name"] for entry in quant_cfg["quant_cfg"]] == names
     assert localized(quant_cfg, range(20)) == quant_cfg
+
+
+def test_nemos_names_lie_on_the_package():
+    import nemo_opt.quantize as package
+
+    assert package.load_quant_cfg is load_quant_cfg
+    assert package.save_quant_cfg is save_quant_cfg
+    assert package.get_quant_cfg_choices() == get_quant_cfg_choices()
