@@ -11,7 +11,7 @@ from typing import Any
 from nemo_opt.errors import CheckpointError, ConfigError
 from nemo_opt.models.config import ModelConfig, RopeScaling
 
-__all__ = ["config_from_hf", "config_to_hf", "special_token_ids"]
+__all__ = ["config_from_hf", "config_to_hf", "read_json", "special_token_ids"]
 
 _SUPPORTED = "only LlamaForCausalLM is supported (RMSNorm, SwiGLU, RoPE with or without llama3 scaling, no biases, not quantised)"
 _REQUIRED = {
@@ -34,7 +34,7 @@ def config_from_hf(directory: str | Path) -> ModelConfig:
 
     """
     directory = Path(directory)
-    hf = _read_json(directory / "config.json")
+    hf = read_json(directory / "config.json")
     architectures = hf.get("architectures") or (["LlamaForCausalLM"] if hf.get("model_type") == "llama" else [])
     if architectures != ["LlamaForCausalLM"]:
         raise ConfigError(f"{directory} holds {architectures or hf.get('model_type')}: {_SUPPORTED}")
@@ -105,8 +105,8 @@ def config_to_hf(config: ModelConfig, *, dtype: str, special_tokens: dict[str, i
 
 def special_token_ids(tokenizer_dir: str | Path) -> dict[str, int | None]:
     """`bos_token_id`, `eos_token_id` and `pad_token_id` of a Hugging Face tokenizer directory; None where it names no such token."""
-    settings = _read_json(Path(tokenizer_dir) / "tokenizer_config.json")
-    added = _read_json(Path(tokenizer_dir) / "tokenizer.json").get("added_tokens", [])
+    settings = read_json(Path(tokenizer_dir) / "tokenizer_config.json")
+    added = read_json(Path(tokenizer_dir) / "tokenizer.json").get("added_tokens", [])
     ids = {token["content"]: token["id"] for token in added}
     names = {f"{kind}_id": settings.get(kind) for kind in ("bos_token", "eos_token", "pad_token")}
     return {kind: ids.get(name["content"] if isinstance(name, dict) else name) for kind, name in names.items()}
@@ -135,7 +135,8 @@ def _rope(directory: Path, hf: dict[str, Any]) -> dict[str, Any]:
     return {"rotary_base": base, "rope_scaling": scaling}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; `CheckpointError`, naming it, where there is none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

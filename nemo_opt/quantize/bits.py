@@ -16,9 +16,9 @@ from typing import Any
 import nemo_opt._stack
 
 import torch
-import torch.distributed as dist
 from modelopt.torch.quantization.nn import SequentialQuantizer
 
+from nemo_opt.collective import on_each
 from nemo_opt.models.shards import GATE_SUFFIX, UP_SUFFIX, parameter_shards, quantizer_shards
 from nemo_opt.quantize.sqnr import quantized_weights
 
@@ -112,6 +112,4 @@ def _elements(sizes: Mapping[str, int], key: str) -> int:
 
 
 def _merged[T](own: dict[str, T]) -> dict[str, T]:
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
-    return {name: value for rank in everyone for name, value in rank.items()}
+    return {name: value for rank in on_each(lambda: own) for name, value in rank.items()}

@@ -4,7 +4,6 @@ Read are ModelOpt's form (`quant_method` modelopt, flat or nested, or `hf_quant_
 defined by `modelopt.torch.export` and by https://github.com/vllm-project/compressed-tensors. Loads no torch.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_opt.errors import CheckpointError, ConfigError
+from nemo_opt.models.huggingface_config import read_json
 
 __all__ = ["Description", "LinearForm", "is_quantized", "read_description"]
 
@@ -69,7 +69,7 @@ class Description:
 def is_quantized(directory: str | Path) -> bool:
     """Whether a Hugging Face directory announces quantised weights."""
     directory = Path(directory)
-    return (directory / _MODELOPT_CONFIG).is_file() or bool(_read(directory / _CONFIG).get("quantization_config"))
+    return (directory / _MODELOPT_CONFIG).is_file() or bool(read_json(directory / _CONFIG).get("quantization_config"))
 
 
 def read_description(directory: str | Path) -> Description:
@@ -81,12 +81,12 @@ def read_description(directory: str | Path) -> Description:
 
     """
     directory = Path(directory)
-    config = _read(directory / _CONFIG)
+    config = read_json(directory / _CONFIG)
     said = config.pop("quantization_config", None)
     if (architectures := config.get("architectures")) != ["LlamaForCausalLM"]:
         raise ConfigError(f"{directory} holds {architectures}: only LlamaForCausalLM is read")
     file = directory / _MODELOPT_CONFIG
-    nested = _read(file).get("quantization") if file.is_file() else None
+    nested = read_json(file).get("quantization") if file.is_file() else None
     if said is None and nested is None:
         raise ConfigError(f"{directory} is not quantised: neither {_CONFIG} nor {_MODELOPT_CONFIG} says how")
     names = _linear_names(config)
@@ -192,15 +192,3 @@ def _cache_of(scheme: Any) -> str | None:
     if isinstance(scheme, dict) and (scheme.get("num_bits"), scheme.get("type")) == (8, "float") and not scheme.get("dynamic"):
         return "fp8"
     raise ConfigError(f"a KV cache quantised by {scheme} is not known; known are FP8 with one static scale, and NVFP4")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON (truncated?): {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds a {type(values).__name__}, not a JSON object")
-    return values
