@@ -3,7 +3,6 @@
 Decisions:
 - The mean over the sequence is squared, so it must be that of the whole sequence: the hook sums it over the ranks that share the sequence
   (context parallel; sequence parallel too, between the tensor-parallel regions). What is linear waits for one sum at the end.
-- A norm that Transformer Engine fuses into a projection never shows its output; it is computed again from the projection's input.
 - Sums are float64: their rounding is then far below that of the activations, and no layout decides which of two channels is kept.
 """
 
@@ -16,8 +15,9 @@ import nemo_opt._stack
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
+
+from nemo_opt.models.norms import on_norm_output
 
 __all__ = ["LayerActivations", "recorded_layers"]
 
@@ -100,19 +100,7 @@ def _norm_hook(norm: Any, fused_linear: Any, record: LayerActivations, index: in
         value, before = _squared_means(output, group), record.norms[index]
         record.norms[index] = value if before is None else before + value
 
-    if isinstance(norm, IdentityOp):
-        return fused_linear.register_forward_pre_hook(lambda linear, args: add(_normalised(linear, args[0])))
-    return norm.register_forward_hook(lambda _module, _args, output: add(output))
-
-
-def _normalised(linear: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    """What the norm inside a TELayerNormColumnParallelLinear makes of its input."""
-    config, x = linear.config, hidden_states.detach().float()
-    weight = linear.layer_norm_weight.float() + (1.0 if config.layernorm_zero_centered_gamma else 0.0)
-    if config.normalization == "RMSNorm":
-        return x * (x.pow(2).mean(dim=-1, keepdim=True) + config.layernorm_epsilon).rsqrt() * weight
-    bias = linear.layer_norm_bias.float()
-    return torch.nn.functional.layer_norm(x, weight.shape, weight, bias, config.layernorm_epsilon)
+    return on_norm_output(norm, fused_linear, add)
 
 
 def _input_hook(record: LayerActivations, name: str) -> Any:
