@@ -162,7 +162,7 @@ def _restore_modelopt(info: CheckpointInfo, metadata: Metadata, chunks: Sequence
 
 
 def _wanted(info: CheckpointInfo, metadata: Metadata, chunks: Sequence[Any], optimizer: Any) -> dict[str, Any]:
-    state = drop_absent(model_state(chunks), metadata)
+    state = drop_absent(model_state(chunks, with_losses=optimizer is not None), metadata)
     if optimizer is None:
         return state
     state["optimizer"] = optimizer_state(optimizer, state, is_loading=True)

@@ -141,7 +141,7 @@ def _check_request(target: Path, tokenizer_dir: str | Path | None, *, overwrite:
 
 
 def _state(chunks: Sequence[Any], optimizer: Any) -> dict[str, Any]:
-    state = model_state(chunks)
+    state = model_state(chunks, with_losses=optimizer is not None)
     if optimizer is None:
         return state
     return {**state, "optimizer": optimizer_state(optimizer, state, is_loading=False), "rng": rng_state(is_loading=False)}

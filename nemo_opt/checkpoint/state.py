@@ -3,8 +3,9 @@
 Decisions: every layer and both halves of a gated `linear_fc1` get keys of their own (`singleton_local_shards`), because ModelOpt saves
 quantised models so and one form for all lets any checkpoint load anywhere. The optimizer's state is saved parameter by parameter
 (`fully_reshardable`), which any layout, data parallel sizes and distributed optimizers included, can read. `_extra_state` entries may be
-absent or left over: the two layer specs have different ones. Whether keys and shapes match is decided over all ranks before anything
-is loaded.
+absent or left over: the two layer specs have different ones. A distilled student comes without its teacher, and with the parameters of its
+losses (the projection to the teacher's width) only beside an optimizer, which has their moments. Whether keys and shapes match is decided
+over all ranks before anything is loaded.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from nemo_opt.errors import CheckpointError
 from nemo_opt.models.build import unwrap
 
 __all__ = [
+    "LOSS_MODULES_KEY",
     "check_fit",
     "chunk_names",
     "content_metadata",
@@ -36,6 +38,10 @@ __all__ = [
 OPTIMIZER_PREFIX = "optimizer."
 RNG_KEY = "rng_state"
 COMMON_KEY = "common_state"
+LOSS_MODULES_PREFIX = "_loss_modules."
+
+LOSS_MODULES_KEY = "distillation_loss_modules"
+"""True in the metadata of `sharded_state_dict` asks a distillation model for the parameters of its losses too."""
 
 
 def content_metadata() -> dict[str, Any]:
@@ -48,9 +54,15 @@ def content_metadata() -> dict[str, Any]:
     }
 
 
-def model_state(chunks: Sequence[Any]) -> dict[str, Any]:
-    """Sharded state of the chunks: `model` for one, `model0`, `model1`, ... for several. A distilled student comes without its teacher."""
-    return {name: _chunk_state(unwrap(chunk)) for name, chunk in zip(chunk_names(chunks), chunks, strict=True)}
+def model_state(chunks: Sequence[Any], *, with_losses: bool = False) -> dict[str, Any]:
+    """Sharded state of the chunks: `model` for one, `model0`, `model1`, ... for several. A distilled student comes without its teacher.
+
+    Args:
+        chunks: The model's chunks of this rank.
+        with_losses: Include the parameters of a distillation's losses, which an optimizer of the chunks has too.
+
+    """
+    return {name: _chunk_state(unwrap(chunk), with_losses) for name, chunk in zip(chunk_names(chunks), chunks, strict=True)}
 
 
 def chunk_names(chunks: Sequence[Any]) -> list[str]:
@@ -58,12 +70,12 @@ def chunk_names(chunks: Sequence[Any]) -> list[str]:
     return ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
 
 
-def _chunk_state(model: Any) -> dict[str, Any]:
+def _chunk_state(model: Any, with_losses: bool) -> dict[str, Any]:
     with ExitStack() as hidden:
         if hasattr(model, "hide_teacher_model"):
             hidden.enter_context(model.hide_teacher_model())
-            hidden.enter_context(model.hide_loss_modules())
-        return dict(model.sharded_state_dict(metadata=content_metadata()))
+            hidden.enter_context(model.hide_loss_modules(enable=not with_losses))
+        return dict(model.sharded_state_dict(metadata=content_metadata() | {LOSS_MODULES_KEY: with_losses}))
 
 
 def rng_state(*, is_loading: bool) -> ShardedObject:
@@ -145,7 +157,7 @@ def _stored_shape(value: Any) -> tuple[int, ...] | None:
 
 
 def _is_weight(key: str) -> bool:
-    return not key.startswith((OPTIMIZER_PREFIX, RNG_KEY, COMMON_KEY)) and not is_extra_state(key)
+    return not key.startswith((OPTIMIZER_PREFIX, LOSS_MODULES_PREFIX, RNG_KEY, COMMON_KEY)) and not is_extra_state(key)
 
 
 def _some(names: list[str], limit: int = 8) -> str:

@@ -44,7 +44,10 @@ def table(**shapes):
 
 
 STORED = table(
-    a=(2, 3), b_w=(1, 4), b_v=(1, 4), **{"m._extra_state/shard_0_1": None, "optimizer.state.x": (1,), "common_state/shard_0_1": None}
+    a=(2, 3),
+    b_w=(1, 4),
+    b_v=(1, 4),
+    **{"m._extra_state/shard_0_1": None, "optimizer.state.x": (1,), "common_state/shard_0_1": None, "_loss_modules.0.projection": (3, 2)},
 )
 STATE = {"model": {"a": tensor("a", 2, 3), "b": factory("b", 2, 4), "extra": extra("m._extra_state")}}
 
@@ -53,6 +56,17 @@ def test_what_fits_passes_and_counts_its_bytes():
     check_fit(STATE, STORED)
     assert local_bytes(STATE) == 4 * (6 + 8)
     assert local_bytes([tensor("a", 2, 3, replica=1)]) == 0
+
+
+def test_a_model_wants_the_parameters_of_its_losses_only_if_it_has_any():
+    check_fit(STATE, STORED)
+    check_fit([*STATE.values(), tensor("_loss_modules.0.projection", 3, 2)], STORED)
+    with pytest.raises(CheckpointError, match=r"missing _loss_modules\.1\.projection, unexpected nothing"):
+        check_fit([*STATE.values(), tensor("_loss_modules.1.projection", 3, 2)], STORED)
+    with pytest.raises(
+        CheckpointError, match=r"_loss_modules\.0\.projection has shape \(3, 2\) in the checkpoint and \(4, 2\) in the model"
+    ):
+        check_fit([*STATE.values(), tensor("_loss_modules.0.projection", 4, 2)], STORED)
 
 
 def test_missing_and_unexpected_entries_are_named():
