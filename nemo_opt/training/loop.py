@@ -1,12 +1,11 @@
 """The training loop: steps, validation, the metrics log, resume. `train` is the call for most; `TrainingRun` for who needs the parts.
 
 Decisions:
-- A NaN or infinite loss or gradient ends the run on every rank with the step and the ranks where it arose, before the weights change.
-- Rank 0 writes `metrics.jsonl` line by line: a killed run leaves what it reached. A resumed run appends.
+- A NaN or infinite loss or gradient ends the run on every rank with the step, the ranks where it arose and what they know of its cause,
+  before the weights change.
 - Data is asked for by the number of samples consumed so far, so that a resumed run continues where the first one stopped.
 """
 
-import json
 import math
 import sys
 import time
@@ -23,12 +22,14 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.utils import get_model_config
 from tqdm import tqdm
 
+from nemo_opt.collective import on_each
 from nemo_opt.device import local_device
 from nemo_opt.errors import ConfigError, NemoOptError
 from nemo_opt.parallel import Topology
 from nemo_opt.training.config import TrainingConfig
 from nemo_opt.training.evaluate import evaluate
 from nemo_opt.training.losses import Batch, LossFunction
+from nemo_opt.training.metrics_log import MetricsLog
 from nemo_opt.training.optimizer import build_optimizer, finite_gradients, wrap, zero_gradients
 from nemo_opt.training.step import MegatronStep
 
@@ -43,18 +44,35 @@ class DivergedError(NemoOptError, ArithmeticError):
 class TrainingResult:
     """What a call of `train` did."""
 
-    steps: int
-    """Optimizer steps of this call."""
-    losses: list[float]
-    """Loss of each step (nats per token), the same on every rank."""
-    validation_losses: dict[int, float]
-    """Validation loss by the step after which it was measured."""
-    validation_loss: float | None
-    """The last one of them; None where validation is off."""
+    history: list[dict[str, float]]
+    """Of each step of this call: step, the loss function's metrics, grad_norm, lr, tokens_per_s, step_time_s, and validation_loss where one
+    was measured after it. Equal on every rank, times excepted."""
     tokens_per_s: float
-    """Over all ranks, validation not counted."""
+    """Over all ranks; validation and saving are not counted."""
     step_time_s: float
     """Mean time of a step."""
+    peak_memory_bytes: int
+    """The most that any rank held at a time: allocated on a GPU, resident in main memory without one."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of this call."""
+        return len(self.history)
+
+    @property
+    def losses(self) -> list[float]:
+        """Loss of each step (nats per token)."""
+        return [row["loss"] for row in self.history]
+
+    @property
+    def validation_losses(self) -> dict[int, float]:
+        """Validation loss by the step after which it was measured."""
+        return {int(row["step"]): row["validation_loss"] for row in self.history if "validation_loss" in row}
+
+    @property
+    def validation_loss(self) -> float | None:
+        """The last one of them; None where validation is off."""
+        return next(reversed(self.validation_losses.values()), None)
 
 
 @dataclass(kw_only=True)
@@ -65,6 +83,8 @@ class TrainingRun:
     config: TrainingConfig
     topology: Topology
     loss_fn: LossFunction | None = None
+    explain: Callable[[], str | None] | None = None
+    """Called on every rank when a loss or a gradient is not finite: what this rank knows of the cause; None for nothing."""
     iteration: int = 0
     """Steps done so far."""
     consumed_samples: int = 0
@@ -132,7 +152,15 @@ class TrainingRun:
         dist.all_gather_into_tensor(everyone, flags)
         for name, column in (("loss", 0), ("gradient", 1)):
             if ranks := [rank for rank, ok in enumerate(everyone[:, column].tolist()) if not ok]:
-                raise DivergedError(f"the {name} of step {self.iteration + 1} is not finite on rank {ranks}: lower lr or look at the data")
+                raise DivergedError(f"the {name} of step {self.iteration + 1} is not finite on rank {ranks}: {self._causes()}")
+
+    def _causes(self) -> str:
+        """What the ranks know of a divergence, or advice where they know nothing. Collective."""
+        ranks: dict[str, list[int]] = {}
+        for rank, cause in enumerate(on_each(self.explain) if self.explain is not None else []):
+            if cause is not None:
+                ranks.setdefault(cause, []).append(rank)
+        return "; ".join(f"{cause} on rank {found}" for cause, found in ranks.items()) or "lower lr or look at the data"
 
 
 def _check_experts(chunk: Any) -> None:
@@ -152,7 +180,10 @@ def train(
     loss_fn: LossFunction | None = None,
     log_dir: str | Path | None = None,
     resume: str | Path | None = None,
+    explain: Callable[[], str | None] | None = None,
     on_start: Callable[[TrainingRun], None] | None = None,
+    on_interval: Callable[[TrainingRun], None] | None = None,
+    interval: int = 0,
     on_end: Callable[[TrainingRun], None] | None = None,
 ) -> TrainingResult:
     """Train up to `config.max_steps`. Collective.
@@ -166,7 +197,10 @@ def train(
         loss_fn: See `nemo_opt.training.losses`.
         log_dir: Where rank 0 writes metrics.jsonl.
         resume: A checkpoint with optimizer state.
+        explain: Says on each rank what made a loss or a gradient infinite or NaN, for the error's message.
         on_start: Called before the first step.
+        on_interval: Called after every `interval`-th step but the last one, for instance to save; never where `interval` is 0.
+        interval: See `on_interval`.
         on_end: Called after the last step and validation, for instance to save.
 
     Raises:
@@ -175,53 +209,61 @@ def train(
         DivergedError: The loss or a gradient is not finite.
 
     """
-    run = TrainingRun(chunks=chunks, config=config, topology=topology, loss_fn=loss_fn)
+    torch.cuda.reset_peak_memory_stats()
+    run = TrainingRun(chunks=chunks, config=config, topology=topology, loss_fn=loss_fn, explain=explain)
     if resume is not None:
         run.resume(resume)
         if run.iteration >= config.max_steps:
             raise ConfigError(f"{resume} is at step {run.iteration} already, max_steps is {config.max_steps}: raise max_steps")
     if on_start is not None:
         on_start(run)
-    log = _MetricsLog(log_dir, append=resume is not None)
+    log = MetricsLog(log_dir, after=run.iteration)
+    history: list[dict[str, float]] = []
     try:
-        result = _run_steps(run, iter(train_batches(run.consumed_samples)), valid_batches_fn, log)
+        for row in _rows(run, iter(train_batches(run.consumed_samples)), valid_batches_fn, log):
+            history.append(row)
+            if on_interval is not None and interval and run.iteration % interval == 0 and run.iteration < config.max_steps:
+                on_interval(run)
     finally:
         log.close()
+    time_s = sum(row["step_time_s"] for row in history)
+    result = TrainingResult(
+        history=history,
+        tokens_per_s=len(history) * config.global_batch_size * config.seq_length / time_s if time_s else 0.0,
+        step_time_s=time_s / len(history) if history else math.nan,
+        peak_memory_bytes=_peak_memory_bytes(),
+    )
     if on_end is not None:
         on_end(run)
     return result
 
 
-def _run_steps(
-    run: TrainingRun, data: Iterator[Batch], valid_batches_fn: Callable[[], Iterable[Batch]] | None, log: "_MetricsLog"
-) -> TrainingResult:
-    config, first = run.config, run.iteration
-    losses: list[float] = []
-    validation: dict[int, float] = {}
-    time_s = 0.0
-    bar = _progress(range(first, config.max_steps))
+def _rows(
+    run: TrainingRun, data: Iterator[Batch], valid_batches_fn: Callable[[], Iterable[Batch]] | None, log: MetricsLog
+) -> Iterator[dict[str, float]]:
+    """Trains to the last step; the row of each step, with the loss of the validation after it where one was due."""
+    config = run.config
+    bar = _progress(range(run.iteration, config.max_steps))
     for _ in bar:
         start = time.perf_counter()
         metrics = run.step(data)
         duration = time.perf_counter() - start
-        time_s += duration
-        losses.append(metrics["loss"])
         bar.set_postfix_str(f"loss {metrics['loss']:.4f}", refresh=False)
+        speed = {"tokens_per_s": config.global_batch_size * config.seq_length / duration, "step_time_s": duration}
+        row = {"step": run.iteration, **metrics, **speed}
         if run.iteration % config.log_interval == 0 or run.iteration == config.max_steps:
-            tokens = config.global_batch_size * config.seq_length
-            log.write(step=run.iteration, **metrics, tokens_per_s=tokens / duration, step_time_s=duration)
+            log.write(**row)
         if valid_batches_fn is not None and _validation_is_due(config, run.iteration):
-            validation[run.iteration] = evaluate(run.chunks, valid_batches_fn(), config.limit_val_batches)
-            log.write(step=run.iteration, validation_loss=validation[run.iteration])
-    steps = run.iteration - first
-    return TrainingResult(
-        steps=steps,
-        losses=losses,
-        validation_losses=validation,
-        validation_loss=validation[max(validation)] if validation else None,
-        tokens_per_s=steps * config.global_batch_size * config.seq_length / time_s if time_s else 0.0,
-        step_time_s=time_s / steps if steps else math.nan,
-    )
+            row["validation_loss"] = evaluate(run.chunks, valid_batches_fn(), config.limit_val_batches)
+            log.write(step=run.iteration, validation_loss=row["validation_loss"])
+        yield row
+
+
+def _peak_memory_bytes() -> int:
+    """The largest over all ranks since it was reset."""
+    peak = torch.tensor(torch.cuda.max_memory_allocated(), dtype=torch.int64, device=local_device())
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    return int(peak.item())
 
 
 def _validation_is_due(config: TrainingConfig, step: int) -> bool:
@@ -234,21 +276,3 @@ def _progress(steps: range) -> "tqdm[int]":
     """A bar for a person: on rank 0, where stderr is a terminal."""
     hidden = dist.get_rank() != 0 or not sys.stderr.isatty()
     return tqdm(steps, desc="train", unit="step", initial=steps.start, total=steps.stop, disable=hidden)
-
-
-class _MetricsLog:
-    """metrics.jsonl of rank 0; on other ranks, and without a directory, it swallows lines."""
-
-    def __init__(self, directory: str | Path | None, *, append: bool) -> None:
-        self._file = None
-        if directory is not None and dist.get_rank() == 0:
-            Path(directory).mkdir(parents=True, exist_ok=True)
-            self._file = (Path(directory) / "metrics.jsonl").open("a" if append else "w", buffering=1)
-
-    def write(self, **values: float) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(values) + "\n")
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()

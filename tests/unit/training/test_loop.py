@@ -48,9 +48,11 @@ def _train(name, *, spec="local", model=TINY, log_dir=None, **changes):
             valid_batches_fn=data,
             log_dir=log_dir,
             on_start=lambda run: log.append(("start", run.iteration)),
+            on_interval=lambda run: log.append(("interval", run.iteration)),
+            interval=2,
             on_end=lambda run: log.append(("end", run.iteration, run.consumed_samples)),
         )
-    assert log == [("start", 0), ("end", config.max_steps, 4 * config.max_steps)]
+    assert log == [("start", 0), ("interval", 2), ("end", config.max_steps, 4 * config.max_steps)]
     return result
 
 
@@ -68,6 +70,10 @@ def test_training_lowers_the_loss_and_says_what_it_did(single):
     assert set(single.validation_losses) == {4}
     assert single.validation_loss == single.validation_losses[4]
     assert single.tokens_per_s == pytest.approx(4 * 16 / single.step_time_s)
+    assert [row["step"] for row in single.history] == [1, 2, 3, 4]
+    assert [row["loss"] for row in single.history] == single.losses
+    assert ["validation_loss" in row for row in single.history] == [False, False, False, True]
+    assert 1e8 < single.peak_memory_bytes < 1e11, "the process alone holds more than the first"
 
 
 @pytest.mark.ranks
@@ -119,8 +125,11 @@ def test_gradient_norm_is_that_of_one_rank(ranks, layout, model, spec):
 
 @pytest.mark.ranks
 def test_metrics_log_has_a_line_a_step(ranks, tmp_path):
-    ranks(2).run(_train, "TP1PP1DP2", log_dir=tmp_path, val_check_interval=2, warmup_steps=2)
+    first, second = ranks(2).run(_train, "TP1PP1DP2", log_dir=tmp_path, val_check_interval=2, warmup_steps=2)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert first.peak_memory_bytes == second.peak_memory_bytes
+    merged = [{k: v for line in lines if line["step"] == row["step"] for k, v in line.items()} for row in first.history]
+    assert merged == first.history
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
     assert {"step", "loss", "grad_norm", "lr", "tokens_per_s", "step_time_s"} == set(steps[0])
@@ -129,7 +138,7 @@ def test_metrics_log_has_a_line_a_step(ranks, tmp_path):
     assert [line["lr"] for line in steps] == pytest.approx([1.5e-3, 3e-3, 3e-3 * 0.5 * (1 + math.cos(math.pi / 3)), 7.5e-4])
 
 
-def _train_with_nan(name):
+def _train_with_nan(name, explain):
     """Rank 0 meets a weight that is not a number before its second step; returns the error and whether the weights were spared."""
     import torch
 
@@ -139,7 +148,7 @@ def _train_with_nan(name):
 
     with parallel.parallel(parallel.Topology.from_name(name)) as topology:
         config = TrainingConfig(max_steps=4, **SETTINGS)
-        run = TrainingRun(chunks=build_model(TINY, topology, spec="local"), config=config, topology=topology)
+        run = TrainingRun(chunks=build_model(TINY, topology, spec="local"), config=config, topology=topology, explain=explain)
         data = iter(_batches(topology)())
         run.step(data)
         parameter = next(p for n, p in run.chunks[0].named_parameters() if "linear_proj" in n)
@@ -153,10 +162,33 @@ def _train_with_nan(name):
         return str(caught.value), unchanged
 
 
+def _knows_nothing():
+    return None
+
+
+def _knows_the_same():
+    return "the weights are broken"
+
+
+def _knows_its_rank():
+    import torch
+
+    return "rank 1 saw it" if torch.distributed.get_rank() else None
+
+
 @pytest.mark.ranks
-def test_a_loss_that_is_no_number_stops_every_rank_and_names_the_one(ranks):
-    for message, unchanged in ranks(2).run(_train_with_nan, "TP1PP1DP2"):
-        assert "the loss of step 2 is not finite on rank [0]" in message
+@pytest.mark.parametrize(
+    ("explain", "cause"),
+    [
+        (None, "lower lr or look at the data"),
+        (_knows_nothing, "lower lr or look at the data"),
+        (_knows_the_same, "the weights are broken on rank [0, 1]"),
+        (_knows_its_rank, "rank 1 saw it on rank [1]"),
+    ],
+)
+def test_a_loss_that_is_no_number_stops_every_rank_and_names_the_one(ranks, explain, cause):
+    for message, unchanged in ranks(2).run(_train_with_nan, "TP1PP1DP2", explain):
+        assert message == f"the loss of step 2 is not finite on rank [0]: {cause}"
         assert unchanged
 
 
@@ -305,6 +337,7 @@ def _train_with_resume(name, folder, steps, resume, spec):
             topology=topology,
             train_batches=_batches(topology),
             resume=Path(folder) / "two" if resume else None,
+            log_dir=folder,
             on_end=None if resume else lambda run: run.save(Path(folder) / "two") if run.iteration == 2 else None,
         )
         return result.losses
@@ -323,6 +356,8 @@ def test_four_steps_equal_two_steps_saved_and_two_resumed(ranks, tmp_path, size,
     [two, *_] = pool.run(_train_with_resume, layout, tmp_path, 2, False, "te")
     [rest, *_] = pool.run(_train_with_resume, layout, tmp_path, 4, True, "te")
     assert two + rest == four
+    logged = [(line["step"], line["loss"]) for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())]
+    assert logged == list(enumerate(four, start=1))
     pool.run(_resume_past_the_end, layout, tmp_path)
     [elsewhere, _] = ranks(2).run(_train_with_resume, "TP1PP2", tmp_path, 4, True, "local")
     assert elsewhere == pytest.approx(four[2:], rel=TOL_REL)
