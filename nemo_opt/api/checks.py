@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_opt.distill.teacher import check_same_tokens, shared_vocabulary, teacher_sizes
 from nemo_opt.errors import CheckpointError, ConfigError
+from nemo_opt.models.huggingface_config import is_huggingface
 from nemo_opt.parallel import Topology
 
 if TYPE_CHECKING:
@@ -36,13 +38,9 @@ __all__ = [
     "checkpoint_info",
     "is_huggingface",
     "sweep_name",
+    "teacher_sizes",
     "tokenizer_directory",
 ]
-
-
-def is_huggingface(path: str | Path) -> bool:
-    """Whether `path` looks like a Hugging Face model directory."""
-    return (Path(path) / "config.json").is_file() and not (Path(path) / "nemo_opt.json").is_file()
 
 
 def checkpoint_info(path: str | Path, role: str = "checkpoint") -> "CheckpointInfo":
@@ -400,36 +398,47 @@ def check_distill(
     tokenizer: str | None = None,
     distillation: "DistillationConfig | str | None" = None,
     eval_batches: int = 8,
+    resume: bool = False,
+    save_interval: int = 0,
+    report: str | None = None,
     overwrite: bool = False,
     **_: Any,
 ) -> None:
     """Checks the settings of `nemo_opt.api.distill`."""
     check_output(output, overwrite=overwrite)
-    infos = checkpoint_info(student, "student"), checkpoint_info(teacher, "teacher")
-    _check_distillation(distillation, topology, *infos)
-    if infos[0].model.vocab_size != infos[1].model.vocab_size:
-        raise ConfigError(f"vocabulary {infos[0].model.vocab_size} of the student != {infos[1].model.vocab_size} of the teacher")
+    info, teacher_model = checkpoint_info(student, "student"), teacher_sizes(teacher)
+    _check_distillation(distillation, topology, info.model, teacher_model)
     _check_not_interleaved(topology, "distillation")
-    tokenizer_directory(infos[0], tokenizer)
-    for info in infos:
-        resolved = _check_layout(topology, world_size, info.model, data.seq_length)
+    _check_teacher_vocabulary(teacher, teacher_model, info.model, tokenizer_directory(info, tokenizer))
+    for model in (info.model, teacher_model):
+        resolved = _check_layout(topology, world_size, model, data.seq_length)
     _check_data(data, eval_batches)
     _check_training(data, training, resolved)
+    if save_interval < 0:
+        raise ConfigError(f"save_interval {save_interval} < 0: give the steps between two checkpoints, or 0 to save at the end alone")
+    if resume:
+        _check_resume(info, training)
+    _check_report(report)
 
 
 def _check_distillation(
-    distillation: "DistillationConfig | str | None", topology: Topology, student: "CheckpointInfo", teacher: "CheckpointInfo"
+    distillation: "DistillationConfig | str | None", topology: Topology, student: "ModelConfig", teacher: "ModelConfig"
 ) -> None:
     from nemo_opt.distill.config import DistillationConfig, load_distillation_config
 
-    for info in (student, teacher):
-        if info.has_modelopt_state:
-            raise ConfigError(f"checkpoint {info.path} is quantised: distillation of quantised models is not supported yet")
     config = distillation
     if not isinstance(config, DistillationConfig):
-        config = load_distillation_config(config, student.model, teacher.model)
-    config.check_layers(student.model, teacher.model)
+        config = load_distillation_config(config, student, teacher)
+    config.check_layers(student, teacher)
     config.check_topology(topology)
+
+
+def _check_teacher_vocabulary(path: str, teacher: "ModelConfig", student: "ModelConfig", tokenizer: Path) -> None:
+    from nemo_opt.data.tokenizer import load_tokenizer
+
+    if teacher.vocab_size != student.vocab_size:
+        shared_vocabulary(student.vocab_size, teacher.vocab_size, load_tokenizer(tokenizer).vocab_size)
+    check_same_tokens(path, tokenizer)
 
 
 def check_import_ckpt(*, source: str, output: str, topology: Topology, world_size: int, overwrite: bool = False, **_: Any) -> None:

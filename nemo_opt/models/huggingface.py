@@ -15,7 +15,7 @@ import torch
 from nemo_opt.errors import CheckpointError, ConfigError
 from nemo_opt.models.config import ModelConfig
 from nemo_opt.models.huggingface_config import config_from_hf, config_to_hf, special_token_ids
-from nemo_opt.models.huggingface_names import hf_pieces, hf_shapes
+from nemo_opt.models.huggingface_names import check_weights, hf_pieces, hf_shapes
 from nemo_opt.models.huggingface_writer import TOKENIZER_FILES, HuggingFaceWriter, write_directory
 from nemo_opt.models.safetensors_dir import SafetensorsReader
 from nemo_opt.models.shards import Shard, parameter_shards
@@ -44,7 +44,7 @@ def import_hf(directory: str | Path, chunks: Sequence[torch.nn.Module]) -> Model
     config = config_from_hf(directory)
     _check_same(directory, config, model_config_of(chunks))
     reader = SafetensorsReader(directory)
-    reader.check(hf_shapes(config), optional=_ignored(config, reader.names))
+    check_weights(reader, config)
     with torch.no_grad():
         for shard in parameter_shards(chunks):
             _read(reader, shard, config)
@@ -128,12 +128,6 @@ def hf_weights(key: str, weight: torch.Tensor, config: ModelConfig) -> dict[str,
         if len(tensor) != shapes[name][0]:
             raise CheckpointError(f"{key} has rows for {len(tensor)} of the {shapes[name][0]} rows of {name}")
     return whole
-
-
-def _ignored(config: ModelConfig, names: set[str]) -> frozenset[str]:
-    """What transformers ignores too: the head of a tied model, and the RoPE tables that old versions saved."""
-    tied_head = {"lm_head.weight"} if config.tie_embeddings else set()
-    return frozenset(tied_head | {name for name in names if name.endswith("rotary_emb.inv_freq")})
 
 
 def _check_same(directory: str | Path, found: ModelConfig, built: ModelConfig) -> None:

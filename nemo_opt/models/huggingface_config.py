@@ -11,9 +11,9 @@ from typing import Any
 from nemo_opt.errors import CheckpointError, ConfigError
 from nemo_opt.models.config import ModelConfig, RopeScaling
 
-__all__ = ["config_from_hf", "config_to_hf", "read_json", "special_token_ids"]
+__all__ = ["config_from_hf", "config_to_hf", "is_huggingface", "read_json", "special_token_ids"]
 
-_SUPPORTED = "only LlamaForCausalLM is supported (RMSNorm, SwiGLU, RoPE with or without llama3 scaling, no biases, not quantised)"
+_SUPPORTED = "only LlamaForCausalLM is supported (RMSNorm, SwiGLU, RoPE with or without llama3 scaling, no biases)"
 _REQUIRED = {
     "num_hidden_layers": "num_layers",
     "hidden_size": "hidden_size",
@@ -21,8 +21,13 @@ _REQUIRED = {
     "num_attention_heads": "num_attention_heads",
     "vocab_size": "vocab_size",
 }
-_FIXED: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
+_FIXED: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 """Settings with the one value that is supported, which is also their default in transformers."""
+
+
+def is_huggingface(path: str | Path) -> bool:
+    """Whether `path` looks like a Hugging Face model directory."""
+    return (Path(path) / "config.json").is_file() and not (Path(path) / "nemo_opt.json").is_file()
 
 
 def config_from_hf(directory: str | Path) -> ModelConfig:
@@ -38,16 +43,28 @@ def config_from_hf(directory: str | Path) -> ModelConfig:
     architectures = hf.get("architectures") or (["LlamaForCausalLM"] if hf.get("model_type") == "llama" else [])
     if architectures != ["LlamaForCausalLM"]:
         raise ConfigError(f"{directory} holds {architectures or hf.get('model_type')}: {_SUPPORTED}")
+    if quantization := hf.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise ConfigError(f"{directory} is quantised (quant_method {method!r}): give the model that it was made from")
     for name, supported in _FIXED.items():
         if (value := hf.get(name, supported)) != supported:
             raise ConfigError(f"{directory}: {name} is {value!r}: {_SUPPORTED}")
     if missing := sorted(name for name in _REQUIRED if hf.get(name) is None):
         raise ConfigError(f"{directory}/config.json lacks {missing}")
+    try:
+        return _sizes(directory, hf)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{directory}/config.json holds a value of another type than a Llama's: {error}") from None
+
+
+def _sizes(directory: Path, hf: dict[str, Any]) -> ModelConfig:
     return ModelConfig(
         **{ours: hf[theirs] for theirs, ours in _REQUIRED.items()},
         num_query_groups=hf.get("num_key_value_heads") or hf["num_attention_heads"],
         kv_channels=_kv_channels(hf),
-        max_position_embeddings=hf.get("max_position_embeddings", 2048),
+        max_position_embeddings=int(hf.get("max_position_embeddings", 2048)),
         **_rope(directory, hf),
         norm_epsilon=hf.get("rms_norm_eps", 1e-6),
         tie_embeddings=bool(hf.get("tie_word_embeddings", False)),

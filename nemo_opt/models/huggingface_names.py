@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from nemo_opt.errors import ConfigError
 from nemo_opt.models.config import ModelConfig
+from nemo_opt.models.safetensors_dir import SafetensorsReader
 
-__all__ = ["Piece", "hf_pieces", "hf_shapes"]
+__all__ = ["Piece", "check_weights", "hf_pieces", "hf_shapes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,19 @@ def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
     return shapes
+
+
+def check_weights(reader: SafetensorsReader, config: ModelConfig) -> None:
+    """Refuses a directory whose weights are not those of `config`, before anything is read.
+
+    Raises:
+        CheckpointError: Weights are missing, unexpected, quantised or of another shape; names them.
+
+    """
+    # Transformers ignore these too: the head of a tied model, and the RoPE tables that old versions saved.
+    tied_head = {"lm_head.weight"} if config.tie_embeddings else set()
+    tables = {name for name in reader.names if name.endswith("rotary_emb.inv_freq")}
+    reader.check(hf_shapes(config), optional=frozenset(tied_head | tables))
 
 
 def _qkv_pieces(prefix: str, config: ModelConfig) -> list[Piece]:

@@ -1,15 +1,19 @@
-"""A directory of safetensors files, read one slice and written one file at a time, so that no process holds a whole model."""
+"""A directory of safetensors files, read one slice and written one file at a time, so that no process holds a whole model.
+
+Loads no torch until weights are read or written: to check names, shapes and lengths needs none.
+"""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from nemo_opt.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["SafetensorsReader", "SafetensorsWriter"]
 
@@ -21,11 +25,13 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 class SafetensorsReader:
     """Slices of the weights in a Hugging Face directory, `model.safetensors` or several files with an index.
 
-    Raises `CheckpointError`, naming the file or the weight, wherever the directory is not what it announces.
+    Raises `CheckpointError`, naming the file or the weight, wherever the directory is not what it announces. With framework "np" names,
+    shapes and types are there without torch; weights are read with "pt" only.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, *, framework: Literal["pt", "np"] = "pt") -> None:
         self._directory = Path(directory)
+        self._framework = framework
         self._files: dict[str, Any] = {}
         self._file_of = self._read_names()
 
@@ -42,7 +48,7 @@ class SafetensorsReader:
         """Of a weight, in the format's own words: F32, BF16, F8_E4M3, I8, U8, I32, ..."""
         return str(self._slice(name).get_dtype())
 
-    def whole(self, name: str) -> torch.Tensor:
+    def whole(self, name: str) -> "torch.Tensor":
         """A weight with all its elements, scalars included."""
         try:
             tensor: torch.Tensor = self._open(self._file_of[name]).get_tensor(name)
@@ -50,7 +56,7 @@ class SafetensorsReader:
             raise CheckpointError(f"{self._path(name)}: {name} cannot be read: {error}") from None
         return tensor
 
-    def read(self, name: str, index: tuple[slice, ...]) -> torch.Tensor:
+    def read(self, name: str, index: tuple[slice, ...]) -> "torch.Tensor":
         """A rectangle of a weight; nothing else is read from the disk."""
         try:
             return self._slice(name)[index]
@@ -91,7 +97,7 @@ class SafetensorsReader:
     def _open(self, file: str) -> Any:
         if file not in self._files:
             try:
-                self._files[file] = safe_open(self._directory / file, framework="pt", device="cpu")
+                self._files[file] = safe_open(self._directory / file, framework=self._framework, device="cpu")
             except FileNotFoundError:
                 raise CheckpointError(f"{self._directory / file} is missing, but {_INDEX} names it") from None
             except (SafetensorError, OSError) as error:
@@ -115,7 +121,7 @@ class SafetensorsWriter:
         self._written: list[list[str]] = []
         self._pending_bytes = self._total_bytes = 0
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
+    def add(self, name: str, tensor: "torch.Tensor") -> None:
         """Takes a weight on the CPU; it is held until its file is full."""
         if self._pending and self._pending_bytes + tensor.nbytes > self._max_file_bytes:
             self._flush()
@@ -136,6 +142,8 @@ class SafetensorsWriter:
             (self._directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def _flush(self) -> None:
+        from safetensors.torch import save_file
+
         save_file(self._pending, self._part(len(self._written)), metadata={"format": "pt"})
         self._written.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0

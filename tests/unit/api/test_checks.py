@@ -1,19 +1,25 @@
 """What is refused before the stack is loaded: every check, with the message that helps."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import nemo_opt.api as api
 from nemo_opt.api import checks
 from nemo_opt.checkpoint.info import CheckpointInfo, write_info
+from nemo_opt.checkpoint.manifest import hash_files, list_files, write_manifest
 from nemo_opt.data.corpus import builtin_documents
 from nemo_opt.data.tokenizer import train_tokenizer
 from nemo_opt.distill.config import DistillationConfig
 from nemo_opt.errors import CheckpointError, ConfigError, DataError
 from nemo_opt.models.config import ModelConfig
+from nemo_opt.models.huggingface_config import config_to_hf
+from nemo_opt.models.huggingface_names import hf_shapes
 from nemo_opt.parallel import Topology
 from nemo_opt.prune.config import PruningConfig
 from nemo_opt.quantize.config import ExportConfig, QuantizationConfig
@@ -47,7 +53,16 @@ def make(path, tokenizer=None, **changes):
     path.mkdir()
     write_info(CheckpointInfo(**({"path": path, "model": MODEL, "topology": Topology()} | changes)), path)
     if tokenizer:
-        (path / "tokenizer").symlink_to(tokenizer)
+        shutil.copytree(tokenizer, path / "tokenizer")
+    write_manifest(path, hash_files(path, list_files(path)))
+    return str(path)
+
+
+def make_hf(path, model=MODEL, **changes):
+    """A Hugging Face directory of `model`, its config.json with `changes`."""
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config_to_hf(model, dtype="float16") | changes))
+    save_file({name: np.zeros(shape, np.float16) for name, shape in hf_shapes(model).items()}, path / "model.safetensors")
     return str(path)
 
 
@@ -110,8 +125,7 @@ def test_layouts_and_data(place, check):
 
 
 @pytest.mark.parametrize(
-    ("check", "name"),
-    [(ptq, "checkpoint"), (sweep, "checkpoint"), (prune, "checkpoint"), (distill, "student"), (distill, "teacher"), (train, "checkpoint")],
+    ("check", "name"), [(ptq, "checkpoint"), (sweep, "checkpoint"), (prune, "checkpoint"), (distill, "student"), (train, "checkpoint")]
 )
 def test_checkpoints(place, check, name):
     with pytest.raises(CheckpointError, match="does not exist"):
@@ -243,21 +257,131 @@ def test_prune_search(place):
         prune(place, pruning=PruningConfig(target_params=35_000), data=None, scores=str(place / "scores"))
 
 
-def test_distill(place, tokenizers):
-    with pytest.raises(ConfigError, match="vocabulary 300 of the student != 400"):
-        distill(place, teacher=make(place / "other", tokenizers / "300", model=MODEL.with_(vocab_size=400)))
-    with pytest.raises(ConfigError, match="is quantised"):
-        distill(place, teacher=make(place / "fp8", tokenizers / "300", has_modelopt_state=True))
+def test_distill(place, tokenizers, monkeypatch):
+    distill(place, student=make(place / "fp8", tokenizers / "300", has_modelopt_state=True))
     with pytest.raises(ConfigError, match=r"kd\.yaml"):
         distill(place, distillation=str(place / "kd.yaml"))
-    with pytest.raises(ConfigError, match=r"layers\.9"):
-        distill(place, distillation=DistillationConfig(intermediate_layer_pairs=[("decoder.layers.9", "decoder.layers.0")]))
     with pytest.raises(ConfigError, match="vp 2"):
         distill(place, topology=Topology(pp=2, vp=2), world_size=2)
     with pytest.raises(ConfigError, match="global_batch_size 4 of the data != 8"):
         distill(place, training=training(global_batch_size=8))
     with pytest.raises(ConfigError, match="global_batch_size 4 %"):
         distill(place, world_size=4)
+    distill(place, save_interval=2)
+    with pytest.raises(ConfigError, match="save_interval -1 < 0"):
+        distill(place, save_interval=-1)
+    distill(place, report=str(place / "page.html"))
+    with pytest.raises(ConfigError, match=r"report .* the directory .*/missing does not exist"):
+        distill(place, report=str(place / "missing" / "page.html"))
+    monkeypatch.setattr("nemo_opt.pages.can_plot", lambda: False)
+    with pytest.raises(ConfigError, match=r"install nemo_opt\[plots\]"):
+        distill(place, report=str(place / "page.html"))
+
+
+def test_distill_resumes(place, tokenizers):
+    with pytest.raises(ConfigError, match="holds no optimizer state: start from its weights, without resuming"):
+        distill(place, resume=True)
+    halfway = make(place / "halfway", tokenizers / "300", has_optimizer=True, iteration=3)
+    with pytest.raises(ConfigError, match="step 3 of max_steps 3: ask for more steps"):
+        distill(place, student=halfway, resume=True)
+    distill(place, student=halfway, resume=True, training=training(max_steps=4))
+
+
+def test_distill_names_the_layers_that_there_are(place, tokenizers):
+    deep = make_hf(place / "deep", MODEL.with_(num_layers=6))
+
+    def pair(*names):
+        return {"teacher": deep, "distillation": DistillationConfig(intermediate_layer_pairs=[names])}
+
+    distill(place, **pair("decoder.layers.3", "decoder.layers.5"))
+    with pytest.raises(ConfigError, match=r"'decoder\.layers\.4' is not in the student, whose layers are 0\.\.3"):
+        distill(place, **pair("decoder.layers.4", "decoder.layers.5"))
+    with pytest.raises(ConfigError, match=r"'decoder\.layers\.6\.mlp' is not in the teacher, whose layers are 0\.\.5"):
+        distill(place, **pair("decoder.layers.3", "decoder.layers.6.mlp"))
+    settings = place / "kd.yaml"
+    settings.write_text("intermediate_layer_pairs: [[decoder.layers.3, decoder.layers.6]]")
+    with pytest.raises(ConfigError, match=r"not in the teacher, whose layers are 0\.\.5"):
+        distill(place, teacher=deep, distillation=str(settings))
+    settings.write_text("intermediate_layer_pairs: [[decoder.layers.3, decoder.layer.5]]")
+    with pytest.raises(ConfigError, match=r"did you mean 'decoder\.layers\.0'"):
+        distill(place, teacher=deep, distillation=str(settings))
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def test_teachers(place, tokenizers):
+    """Each refusal reads headers only; that it comes before any work is tested with the command line."""
+    distill(place, teacher=make_hf(place / "hf", MODEL.with_(hidden_size=48, num_layers=2)), **TP2)
+    for teacher, message in ((place / "nowhere", "does not exist"), (place / "text.txt", "is a file"), (place, "is neither a checkpoint")):
+        with pytest.raises(CheckpointError, match=f"teacher {teacher} {message}"):
+            distill(place, teacher=str(teacher))
+    with pytest.raises(ConfigError, match=r"is quantised .*: give the model that it was made from"):
+        distill(place, teacher=make(place / "fp8", tokenizers / "300", has_modelopt_state=True))
+    with pytest.raises(ConfigError, match=r"num_attention_heads 4 % tp 3|% tp 3"):
+        distill(place, topology=Topology(tp=3), world_size=3)
+
+
+def test_damaged_teachers(place, tokenizers):
+    damaged = Path(make(place / "damaged", tokenizers / "300"))
+    truncate(damaged / "tokenizer" / "tokenizer.json")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is truncated"):
+        distill(place, teacher=str(damaged))
+    (damaged / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing"):
+        distill(place, teacher=str(damaged))
+    hf = Path(make_hf(place / "hf"))
+    weights = hf / "model.safetensors"
+    tensors = load_file(weights)
+    for change, message in (
+        (lambda: truncate(weights), "no whole safetensors file"),
+        (lambda: save_file({k: v for k, v in tensors.items() if "norm" not in k}, weights), r"lacks model\.layers\.0\.input_layernorm"),
+        (lambda: save_file(tensors | {"lm_head.weight": tensors["lm_head.weight"][:299]}, weights), r"\(299, 32\), the model needs \(300"),
+        (lambda: save_file(tensors | {"lm_head.weight": np.zeros((300, 32), np.int8)}, weights), "is I8, a quantised weight"),
+        (lambda: weights.unlink(), r"holds neither model\.safetensors nor"),
+        (lambda: truncate(hf / "config.json"), r"config\.json is no JSON"),
+    ):
+        change()
+        with pytest.raises(CheckpointError, match=message):
+            distill(place, teacher=str(hf))
+    with pytest.raises(ConfigError, match=r"quantised \(quant_method 'fp8'\): give the model that it was made from"):
+        distill(place, teacher=make_hf(place / "quantised", quantization_config={"quant_method": "fp8"}))
+
+
+def test_vocabularies_of_teachers(place, tokenizers):
+    """Rows that are no tokens may differ."""
+    distill(place, teacher=make(place / "more", tokenizers / "300", model=MODEL.with_(vocab_size=400)))
+    distill(place, teacher=make_hf(place / "hf", MODEL.with_(vocab_size=310)))
+    fewer = make_hf(place / "fewer", MODEL.with_(vocab_size=290))
+    with pytest.raises(ConfigError, match="student has 300 rows, of the teacher 290, their tokenizer has 300 tokens: 10 of them"):
+        distill(place, teacher=fewer)
+    wide = make(place / "wide", tokenizers / "300", model=MODEL.with_(vocab_size=320))
+    with pytest.raises(ConfigError, match="student has 320 rows, of the teacher 300, their tokenizer has 320 tokens: 20 of them"):
+        distill(place, student=wide, tokenizer=str(tokenizers / "320"))
+    distill(place, student=wide)
+
+
+def test_tokenizers_of_teachers(place, tokenizers):
+    """Vocabularies of one size may still be of different words."""
+    other = train_tokenizer(builtin_documents()[20:40], 300, place / "other").path
+    with pytest.raises(ConfigError, match=r"the tokenizer of the teacher, .*: '.*' is token \S+ there and \S+ here"):
+        distill(place, teacher=make(place / "stranger", other))
+    hf = Path(make_hf(place / "hf"))
+    shutil.copy(other / "tokenizer.json", hf)
+    with pytest.raises(ConfigError, match="is not the student's"):
+        distill(place, teacher=str(hf))
+    settings = json.loads((tokenizers / "300" / "tokenizer.json").read_text())
+    settings["added_tokens"].append(settings["added_tokens"][0] | {"id": 300, "content": "<|tool|>"})
+    (hf / "tokenizer.json").write_text(json.dumps(settings))
+    distill(place, teacher=str(hf))
+    settings["model"] = {"type": "Unigram", "vocab": [["x", -1.0]], "unk_id": 0}
+    (hf / "tokenizer.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="is not the student's"):
+        distill(place, teacher=str(hf))
+    (hf / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="holds no vocabulary"):
+        distill(place, teacher=str(hf))
 
 
 def test_train(place, tokenizers):

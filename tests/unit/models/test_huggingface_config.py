@@ -77,7 +77,6 @@ def test_plain_rope_is_read_in_every_spelling(hf_dir, rope):
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is {'quant_method': 'fp8'}"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "RoPE of type 'yarn'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     ],
@@ -87,10 +86,24 @@ def test_what_a_llama_cannot_express_is_refused(hf_dir, changes, named):
         config_from_hf(hf_dir(**changes))
 
 
+@pytest.mark.parametrize(("value", "named"), [({"quant_method": "fp8"}, "'fp8'"), ("int4", "'int4'")])
+def test_quantised_models_are_refused(hf_dir, value, named):
+    with pytest.raises(ConfigError, match=rf"is quantised \(quant_method {named}\): give the model that it was made from"):
+        config_from_hf(hf_dir(quantization_config=value))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"max_position_embeddings": None}, {"rope_theta": "high"}, {"rms_norm_eps": "small"}, {"rope_scaling": [1]}]
+)
+def test_values_of_another_type_are_refused(hf_dir, changes):
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        config_from_hf(hf_dir(**changes))
+
+
 def test_missing_settings_are_named(hf_dir):
     with pytest.raises(ConfigError, match=r"config.json lacks \['hidden_size', 'vocab_size'\]"):
         config_from_hf(hf_dir(hidden_size="absent", vocab_size=None))
-    with pytest.raises(ConfigError, match=r"llama3 RoPE scaling lacks \['low_freq_factor', 'high_freq_factor'\]"):
+    with pytest.raises(ConfigError, match=r"^\S+: llama3 RoPE scaling lacks \['low_freq_factor', 'high_freq_factor'\]"):
         config_from_hf(hf_dir(rope_scaling={"rope_type": "llama3", "factor": 2.0}))
 
 
