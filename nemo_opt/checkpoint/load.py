@@ -85,6 +85,7 @@ def restore_model(
     spec: Spec | None = None,
     dtype: torch.dtype | None = None,
     deep: bool = True,
+    vocab_size: int | None = None,
     **transformer_overrides: Any,
 ) -> tuple[list[Any], CheckpointInfo]:
     """Builds the model that a checkpoint describes, at any layout, with its ModelOpt state and weights. Call it on every rank.
@@ -95,6 +96,7 @@ def restore_model(
         spec: Layer spec; None takes the device's default, whatever the checkpoint was saved from.
         dtype: Of the weights; None takes the device's.
         deep: As in `load_checkpoint`.
+        vocab_size: Of the model, in place of the checkpoint's: rows that the checkpoint lacks become zero, those beyond are not loaded.
         transformer_overrides: Fields of Megatron-Core's TransformerConfig.
 
     Returns:
@@ -107,7 +109,9 @@ def restore_model(
     """
     info, metadata = _open(path, deep=deep)
     topology.validate(world_size(), info.model)
-    chunks = build_model(info.model, topology, spec=spec, dtype=dtype, seed=None, **transformer_overrides)
+    # The rows that pad the vocabulary may differ: Megatron-Core marks embedding and head with allow_shape_mismatch.
+    config = info.model if vocab_size is None else info.model.with_(vocab_size=vocab_size)
+    chunks = build_model(config, topology, spec=spec, dtype=dtype, seed=None, **transformer_overrides)
     _load(info, metadata, chunks, None, strict=True)
     return chunks, info
 

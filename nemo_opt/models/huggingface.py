@@ -26,12 +26,13 @@ __all__ = ["TOKENIZER_FILES", "config_from_hf", "export_hf", "hf_weights", "impo
 _NO_MATTER_FOR_WEIGHTS = ("init_method_std", "max_position_embeddings")
 
 
-def import_hf(directory: str | Path, chunks: Sequence[torch.nn.Module]) -> ModelConfig:
+def import_hf(directory: str | Path, chunks: Sequence[torch.nn.Module], *, any_vocabulary: bool = False) -> ModelConfig:
     """Fills the weights of this rank's chunks from a Hugging Face directory; rows that pad the vocabulary become zero.
 
     Args:
         directory: Holds `config.json` and safetensors files.
         chunks: A built model of the same sizes, at any layout, of either spec.
+        any_vocabulary: Allow a model with another number of tokens: rows that the directory lacks become zero, those beyond are not read.
 
     Returns:
         The sizes that the directory announces.
@@ -42,7 +43,8 @@ def import_hf(directory: str | Path, chunks: Sequence[torch.nn.Module]) -> Model
 
     """
     config = config_from_hf(directory)
-    _check_same(directory, config, model_config_of(chunks))
+    built = model_config_of(chunks)
+    _check_same(directory, config.with_(vocab_size=built.vocab_size) if any_vocabulary else config, built)
     reader = SafetensorsReader(directory)
     check_weights(reader, config)
     with torch.no_grad():

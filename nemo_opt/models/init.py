@@ -21,7 +21,7 @@ import torch
 from nemo_opt.models.shards import Shard, parameter_shards
 from nemo_opt.models.sizes import model_config_of
 
-__all__ = ["seeded_init"]
+__all__ = ["clear_vocabulary", "seeded_init"]
 
 _BLOCK_ROWS = 256
 _RESIDUAL_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight")
@@ -32,10 +32,18 @@ _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 def seeded_init(chunks: Sequence[torch.nn.Module], seed: int) -> None:
     """Fills the parameters of this rank's chunks, in place. Memory: one block of `_BLOCK_ROWS` rows."""
     config = model_config_of(chunks)
-    for shard in parameter_shards(chunks):
+    shards = parameter_shards(chunks)
+    for shard in shards:
         _fill(shard, seed, _std(shard.key, config.init_method_std, config.num_layers))
+    clear_vocabulary(shards, config.vocab_size)
+
+
+@torch.no_grad()
+def clear_vocabulary(shards: Sequence[Shard], first: int) -> None:
+    """Zeroes the rows of the embedding and the output head from token `first` on, in place."""
+    for shard in shards:
         if shard.key in _VOCABULARY:
-            shard.tensor[max(0, config.vocab_size - shard.offset[0]) :].zero_()
+            shard.tensor[max(0, first - shard.offset[0]) :].zero_()
 
 
 def _fill(shard: Shard, seed: int, std: float | None) -> None:
