@@ -2,6 +2,7 @@
 
 A stage of a pipeline sends the student's and the teacher's hidden states in one tensor, joined along the hidden dim. ModelOpt patches the
 model for that. Added here:
+- Pairs of hidden states on any stage (`relay`); ModelOpt compares those of the last stage only.
 - NeMo's `forward_only`: an evaluation runs the student alone. ModelOpt always runs the teacher, and always widens the shapes.
 - Checkpoints hold the student alone: teacher, losses and the ModelOpt state of the distillation are hidden or removed, so they load as an
   ordinary model.
@@ -23,6 +24,7 @@ from modelopt.torch.distill.plugins import megatron as plugin
 from modelopt.torch.opt.conversion import ModeloptStateManager
 
 from nemo_opt.distill.config import DistillationConfig
+from nemo_opt.distill.relay import Relay, attach_relay
 from nemo_opt.errors import ConfigError
 
 __all__ = ["LOSS_MODULES_KEY", "adjust_distillation_model_for_mcore", "distillation_model", "get_tensor_shapes_adjust_fn_for_distillation",
@@ -34,9 +36,10 @@ LOSS_MODULES_KEY = "distillation_loss_modules"
 Shapes = list[tuple[int, ...]]
 
 _FORWARD_ONLY = "_nemo_opt_forward_only"
+_RELAY = "_nemo_opt_relay"
 _PATCHED = ("forward", "set_input_tensor", "set_student_input_tensor_shape", "compute_language_model_loss", "sharded_state_dict",
             "state_dict")  # fmt: skip
-_BOOKKEEPING = (_FORWARD_ONLY, "_tensor_split_idx", "_lm_loss_call_count")
+_BOOKKEEPING = (_FORWARD_ONLY, _RELAY, "_tensor_split_idx", "_lm_loss_call_count")
 
 
 def adjust_distillation_model_for_mcore(model: Any, distill_cfg: DistillationConfig) -> None:
@@ -44,10 +47,11 @@ def adjust_distillation_model_for_mcore(model: Any, distill_cfg: DistillationCon
 
     Args:
         model: what `mtd.convert` returned, or a wrapper or list of one.
-        distill_cfg: only `skip_lm_loss` is read.
+        distill_cfg: `skip_lm_loss` is read, and `intermediate_layer_pairs` unless it brings its own `criterion`: their losses are added to
+            the model's criterion, which holds that of the logits.
 
     Raises:
-        ConfigError: it is no distillation model, has several chunks, or was adjusted before.
+        ConfigError: it is no distillation model, has several chunks, was adjusted before, or has losses of hidden states already.
 
     """
     _refuse_interleaving(model)
@@ -56,8 +60,16 @@ def adjust_distillation_model_for_mcore(model: Any, distill_cfg: DistillationCon
         raise ConfigError(f"{type(model).__name__} is not a distillation model: convert it by modelopt.torch.distill.convert first")
     if "forward" in vars(inner):
         raise ConfigError("the distillation model was adjusted before: adjust it once, right after its conversion")
+    pairs = distill_cfg.intermediate_layer_pairs if distill_cfg.criterion is None else ()
+    if pairs and len(inner._layers_to_loss) > 1:
+        raise ConfigError(
+            f"the model's criterion has {len(inner._layers_to_loss)} losses, and intermediate_layer_pairs asks for {len(pairs)} more: "
+            "give mtd.convert the criterion that build_criterion returns, or give that criterion to DistillationConfig too"
+        )
+    relay = attach_relay(inner, pairs)
     plugin.adjust_distillation_model_for_mcore(inner, distill_cfg)
-    _add_student_only_mode(inner, distill_cfg)
+    setattr(inner, _RELAY, relay)
+    _add_student_only_mode(inner, distill_cfg, relay)
     _hide_all_but_the_student(inner)
     _remove_modelopt_state(inner)
 
@@ -94,9 +106,20 @@ def get_tensor_shapes_adjust_fn_for_distillation(
     for role, part in (("student", inner), ("teacher", inner.teacher_model)):
         if get_model_config(part).variable_seq_lengths:
             raise ConfigError(f"the {role} has variable_seq_lengths, which distillation over pipeline stages cannot split; set it false")
-    return plugin.get_tensor_shapes_adjust_fn_for_distillation(
+    adjust = plugin.get_tensor_shapes_adjust_fn_for_distillation(
         inner, seq_length=seq_length, micro_batch_size=micro_batch_size, decoder_seq_length=decoder_seq_length
     )
+    relay: Relay = getattr(inner, _RELAY)
+
+    def widened(received: Shapes, sent: Shapes) -> tuple[Shapes, Shapes]:
+        received, sent = adjust(received, sent)
+        return _wider(received, relay.received_width), _wider(sent, relay.sent_width)
+
+    return widened
+
+
+def _wider(shapes: Shapes, channels: int) -> Shapes:
+    return [(*shape[:-1], shape[-1] + channels) for shape in shapes]
 
 
 def distillation_model(model: Any) -> Any | None:
@@ -127,14 +150,18 @@ def _refuse_interleaving(model: Any) -> None:
         raise ConfigError(f"vp {max(chunks, vp)}: distillation does not run on the interleaved pipeline schedule; set vp 1")
 
 
-def _add_student_only_mode(model: Any, distill_cfg: DistillationConfig) -> None:
+def _add_student_only_mode(model: Any, distill_cfg: DistillationConfig, relay: Relay) -> None:
     together_forward, together_input, together_lm_loss = model.forward, model.set_input_tensor, model.compute_language_model_loss
     # Megatron-Core's cross-entropy overwrites float32 logits, which the distillation loss still has to read.
     keeps_logits = model.config.params_dtype == torch.float32 and not distill_cfg.skip_lm_loss
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if teacher_runs(self):
-            return together_forward(*args, **kwargs)
+            relay.is_active = True
+            try:
+                return relay.finish(together_forward(*args, **kwargs))
+            finally:
+                relay.is_active = False
         with self.only_student_forward():
             output = type(self).forward(self, *args, **kwargs)
         _forget_activations(self)
@@ -142,7 +169,8 @@ def _add_student_only_mode(model: Any, distill_cfg: DistillationConfig) -> None:
 
     def set_input_tensor(self: Any, input_tensor: Any) -> None:
         if teacher_runs(self):
-            together_input(input_tensor if isinstance(input_tensor, list) else [input_tensor])
+            messages = input_tensor if isinstance(input_tensor, list) else [input_tensor]
+            together_input([relay.receive(message) for message in messages])
         else:
             type(self).set_input_tensor(self, input_tensor)
 

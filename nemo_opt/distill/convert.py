@@ -6,14 +6,13 @@ from typing import Any
 import nemo_opt._stack
 
 import modelopt.torch.distill as mtd
-from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from modelopt.torch.utils.network import init_model_from_model_like
 
-from nemo_opt.collective import on_each
 from nemo_opt.distill.adjust import adjust_distillation_model_for_mcore, distillation_model, remove_adjustments
 from nemo_opt.distill.config import DistillationConfig
-from nemo_opt.distill.criterion import Criterion, LossBalancer, build_criterion
+from nemo_opt.distill.criterion import LossBalancer, build_criterion
+from nemo_opt.distill.provider import compared_vocabulary
 from nemo_opt.errors import ConfigError
 from nemo_opt.models.build import model_config_of, unwrap
 from nemo_opt.parallel import Topology
@@ -43,7 +42,7 @@ def convert_to_distillation_model(student_chunks: Any, teacher: Any, distill_cfg
     distill_cfg.check_topology(_topology_of(student))
     teacher_model = _bare(init_model_from_model_like(teacher) if isinstance(teacher, tuple) else teacher, "teacher")
     _check_models(student, teacher_model, distill_cfg)
-    criterion = _criterion(distill_cfg, student, teacher_model)
+    criterion = build_criterion(distill_cfg, student.config, vocab_size=compared_vocabulary(teacher_model))
     balancer = distill_cfg.loss_balancer or LossBalancer(kd_loss_scale=distill_cfg.kd_loss_scale, skip_lm_loss=distill_cfg.skip_lm_loss)
     settings = {"teacher_model": teacher_model, "criterion": criterion, "loss_balancer": balancer}
     model = mtd.convert(student, mode=[("kd_loss", settings)])
@@ -93,20 +92,10 @@ def _check_models(student: GPTModel, teacher: GPTModel, config: DistillationConf
     if sizes[0].vocab_size != sizes[1].vocab_size:
         raise ConfigError(
             f"vocabulary of the student has {sizes[0].vocab_size} tokens, of the teacher {sizes[1].vocab_size}; "
-            "their logits are compared token by token, so both need one tokenizer"
+            "their logits are compared token by token, so both need one tokenizer; if the teacher's has other padding only, "
+            "teacher_provider(..., vocab_size=...) aligns it"
         )
-    if config.logit_kl_topk is not None and config.logit_kl_topk > sizes[1].vocab_size:
-        raise ConfigError(f"logit_kl_topk {config.logit_kl_topk} > vocabulary {sizes[1].vocab_size}")
+    compared = compared_vocabulary(teacher)
+    if config.logit_kl_topk is not None and config.logit_kl_topk > compared:
+        raise ConfigError(f"logit_kl_topk {config.logit_kl_topk} > vocabulary {compared}")
     config.check_layers(*sizes)
-
-
-def _criterion(config: DistillationConfig, student: GPTModel, teacher: GPTModel) -> Criterion:
-    """The losses on the last pipeline stage, {} on others; its refusal reaches all, or the others would wait for a message."""
-    built: Criterion = {}
-
-    def build() -> None:
-        if parallel_state.is_pipeline_last_stage():
-            built.update(build_criterion(config, student.config, teacher.config, vocab_size=model_config_of(student).vocab_size))
-
-    on_each(build)
-    return built

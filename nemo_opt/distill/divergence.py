@@ -40,6 +40,7 @@ def divergence(
     vocab_size: int | None = None,
     group: Any = None,
     overwrite_teacher: bool = False,
+    finite: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The divergence of each token; differentiable once, by the student's logits.
 
@@ -51,6 +52,8 @@ def divergence(
         vocab_size: tokens that count; the others pad the vocabulary. None: all.
         group: the ranks that share the vocabulary; None for one.
         overwrite_teacher: write the gradient over the teacher's logits, where the types agree. They must be of no further use.
+        finite: bool [2]; set to False where this rank finds a logit of the student (first) or of the teacher that is no finite number. What
+            is negative infinity beside finite logits passes: a probability of 0.
 
     Returns:
         float32 [...], in nats, the same on every rank of the group.
@@ -63,12 +66,13 @@ def divergence(
         raise ConfigError(f"unknown divergence {kind!r}; known are {list(LOGIT_LOSSES)}")
     if student.shape != teacher.shape:
         raise ConfigError(
-            f"logits of the student are {list(student.shape)}, of the teacher {list(teacher.shape)}: one vocabulary is needed"
+            f"logits of the student are {list(student.shape)}, of the teacher {list(teacher.shape)}: "
+            "give both models one vocabulary, sequence length, micro-batch and layout"
         )
     group = group if group is not None and group.size() > 1 else None
     first = student.size(-1) * (group.rank() if group is not None else 0)
     columns = student.size(-1) if vocab_size is None else min(max(vocab_size - first, 0), student.size(-1))
-    losses = _Divergence.apply(student, teacher.detach(), kind, temperature, columns, group, overwrite_teacher)  # type: ignore[no-untyped-call]
+    losses = _Divergence.apply(student, teacher.detach(), kind, temperature, columns, group, overwrite_teacher, finite)  # type: ignore[no-untyped-call]
     assert isinstance(losses, torch.Tensor)
     return losses
 
@@ -84,13 +88,16 @@ class _Divergence(torch.autograd.Function):
         columns: int,
         group: Any,
         overwrite_teacher: bool,
+        finite: torch.Tensor | None,
     ) -> torch.Tensor:
         gradient = None
         if ctx.needs_input_grad[0]:
             overwrites = overwrite_teacher and teacher.dtype == student.dtype
             gradient = (teacher if overwrites else torch.empty_like(student)).view(-1, student.size(-1))
         student_rows, teacher_rows = (logits.reshape(-1, logits.size(-1))[:, :columns] for logits in (student, teacher))
-        losses = _run(student_rows, teacher_rows, _Block(kind, 1.0 / temperature, student_rows), group, gradient)
+        losses, own = _run(student_rows, teacher_rows, _Block(kind, 1.0 / temperature, student_rows), group, gradient)
+        if finite is not None:
+            finite &= torch.isfinite(own[[1, 3]]).all(-1)
         ctx.gradient = gradient
         return losses.view(student.shape[:-1])
 
@@ -107,7 +114,7 @@ class _Divergence(torch.autograd.Function):
             scaled = gradient[rows].mul_(factors[rows])
             if any_unused:  # masked tokens: their logits may hold anything, and 0 * NaN is NaN
                 scaled.masked_fill_(unused[rows], 0.0)
-        return gradient.view(*grad_losses.shape, -1), *[None] * 6
+        return gradient.view(*grad_losses.shape, -1), *[None] * 7
 
 
 def _blocks(rows: int, columns: int) -> list[slice]:
@@ -115,8 +122,10 @@ def _blocks(rows: int, columns: int) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def _run(student: torch.Tensor, teacher: torch.Tensor, block: "_Block", group: Any, gradient: torch.Tensor | None) -> torch.Tensor:
-    """Divergences [rows] of logits [rows, columns]; writes the student's gradient where one is wanted."""
+def _run(
+    student: torch.Tensor, teacher: torch.Tensor, block: "_Block", group: Any, gradient: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Divergences [rows] of logits [rows, columns], and this rank's sums; writes the student's gradient where one is wanted."""
     blocks = _blocks(*student.shape)
     own = torch.empty(5, len(student), dtype=torch.float32, device=student.device)
     losses = torch.empty_like(own[0])
@@ -132,7 +141,7 @@ def _run(student: torch.Tensor, teacher: torch.Tensor, block: "_Block", group: A
         for rows in blocks:
             block.load(student[rows], teacher[rows], own[:, rows])
             finish(rows, own, None)
-        return losses
+        return losses, own
 
     for rows in blocks:
         block.load(student[rows], teacher[rows], own[:, rows])
@@ -147,7 +156,7 @@ def _run(student: torch.Tensor, teacher: torch.Tensor, block: "_Block", group: A
     for rows in blocks:
         block.load(student[rows], teacher[rows], own[:, rows])
         finish(rows, sums, shares)
-    return losses
+    return losses, own
 
 
 class _Block:

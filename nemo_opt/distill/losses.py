@@ -18,10 +18,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from nemo_opt.distill.adjust import distillation_model, teacher_runs
+from nemo_opt.distill.criterion import LogitsDivergence
 from nemo_opt.errors import ConfigError
 from nemo_opt.training.losses import Batch, Metrics, language_model_loss, masked_sum
 
-__all__ = ["distillation_loss_fn"]
+__all__ = ["cause_of_divergence", "distillation_loss_fn"]
 
 
 def distillation_loss_fn(model: Any, batch: Batch) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, Metrics]]:
@@ -53,6 +54,15 @@ def distillation_loss_fn(model: Any, batch: Batch) -> Callable[[torch.Tensor], t
         return parts["kd_loss"] * whole_count, count.to(torch.int), metrics
 
     return reduce
+
+
+def cause_of_divergence(chunks: Any) -> str | None:
+    """What on this rank made the loss infinite or NaN, as far as the logits tell; for the error of a training that ends so."""
+    model = distillation_model(chunks)
+    losses = () if model is None else model._layers_to_loss.values()
+    seen = [loss.finite.tolist() for loss in losses if isinstance(loss, LogitsDivergence) and loss.finite is not None]
+    wrong = [role for index, role in enumerate(("student", "teacher")) if not all(finite[index] for finite in seen)]
+    return f"the logits of the {' and the '.join(wrong)} are not finite" if wrong else None
 
 
 def _mean(losses: Any, loss_mask: torch.Tensor, whole_count: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """The contract with Megatron-Core's pipeline schedule, with the layout mocked; test_layouts.py has the real schedules."""
 
+import dataclasses
+
 import nemo_opt._stack
 
 import modelopt.torch.distill as mtd
@@ -75,6 +77,26 @@ def test_shapes_hold_both_hidden_states(make, pretend, wrap):
     pretend(pp=2)
     received, sent = adjust_fn(wrap(model))([(S, B, H)], [(S, B, H)])
     assert received == sent == [(S, B, H + TEACHER_H)]
+
+
+def test_shapes_hold_what_the_pairs_need_too(make, monkeypatch):
+    """Widths differ: the first stage sends both hidden states of a pair that it holds on to the projection."""
+    model = make.distillation(settings=DistillationConfig(intermediate_layer_pairs=[("decoder.layers.0", "decoder.layers.0")]))
+    relay = model._nemo_opt_relay
+    monkeypatch.setattr(parallel_state, "get_pipeline_model_parallel_world_size", lambda: 2)
+    monkeypatch.setattr(parallel_state, "get_virtual_pipeline_model_parallel_world_size", lambda: None)
+    relay.stages, relay.pairs = 3, [dataclasses.replace(pair, home=2) for pair in relay.pairs]
+    both, extra = H + TEACHER_H, H + TEACHER_H
+    for stage, received, sent in ((0, both, both + extra), (1, both + extra, both + extra), (2, both + extra, both)):
+        relay.stage = stage
+        assert adjust_fn(model)([(S, B, H)], [(S, B, H)]) == ([(S, B, received)], [(S, B, sent)])
+
+
+def test_something_else_than_a_language_model_is_left_alone(pretend):
+    pretend(pp=2)
+    assert adjust_fn(torch.nn.Linear(2, 2)) is None
+    assert adjust_fn([Wrapper(torch.nn.Linear(2, 2))]) is None
+    assert adjust_fn([]) is None
 
 
 def test_nemos_positional_arguments(make, pretend):
@@ -180,10 +202,12 @@ def test_a_students_state_loads(make):
     assert torch.equal(model.output_layer.weight, other.output_layer.weight)
 
 
-def nemo_conversion(make, settings=None):
-    """NeMo's sequence: convert through ModelOpt, then adjust."""
+def nemo_conversion(make, settings=None, add=None):
+    """The first half of NeMo's sequence: convert through ModelOpt, then adjust. `add`: a loss of hidden states of the caller's own."""
     student, teacher, settings = make.gpt(), make.gpt(make.teacher, 2), settings or make.settings
-    criterion = build_criterion(settings, student.config, teacher.config)
+    criterion = build_criterion(settings, student.config)
+    if add is not None:
+        criterion["decoder.final_layernorm", "decoder.final_layernorm"] = add
     mode = {"teacher_model": (lambda: teacher, (), {}), "criterion": criterion, "loss_balancer": LossBalancer()}
     return mtd.convert(student, mode=[("kd_loss", mode)])
 
@@ -194,6 +218,16 @@ def test_nemos_sequence_of_calls(make):
     assert adjust_distillation_model_for_mcore([Wrapper(model)], make.settings) is None
     assert not [name for name in vars(model) if name.startswith("_modelopt_state")]
     assert not model(*tokens(), labels=tokens()[0]).any()
+
+
+def test_an_own_criterion_is_neither_changed_nor_added_to(make):
+    own = DistillationConfig(
+        criterion={("output_layer", "output_layer"): torch.nn.MSELoss()}, intermediate_layer_pairs=make.settings.intermediate_layer_pairs
+    )
+    model = make.distillation(settings=own)
+    assert list(model._layers_to_loss.values()) == list(own.criterion.values())
+    adjust_distillation_model_for_mcore(both := nemo_conversion(make, add=torch.nn.MSELoss()), own)
+    assert len(both._layers_to_loss) == 2
 
 
 def test_an_earlier_modelopt_mode_stays(make):
@@ -212,6 +246,8 @@ def test_what_cannot_be_adjusted_is_refused(make):
     model = nemo_conversion(make)
     with pytest.raises(ConfigError, match="vp 2"):
         adjust_distillation_model_for_mcore([model, model], DistillationConfig())
+    with pytest.raises(ConfigError, match="criterion has 2 losses, and intermediate_layer_pairs asks for 1 more"):
+        adjust_distillation_model_for_mcore(nemo_conversion(make, add=torch.nn.MSELoss()), make.settings)
     model._modelopt_state.append(("quantize", {}))
     with pytest.raises(ConfigError, match="must be kd_loss"):
         adjust_distillation_model_for_mcore(model, DistillationConfig())

@@ -6,7 +6,7 @@ from megatron.core.models.gpt import GPTModel
 
 from nemo_opt.distill.config import DistillationConfig
 from nemo_opt.distill.convert import convert_to_distillation_model, export_student
-from nemo_opt.distill.losses import distillation_loss_fn
+from nemo_opt.distill.losses import cause_of_divergence, distillation_loss_fn
 from nemo_opt.errors import ConfigError
 
 
@@ -71,6 +71,21 @@ def test_masked_tokens_do_not_count(make):
     assert all(torch.equal(pair, torch.zeros(2)) for pair in metrics.values())
     loss.backward()
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters() if parameter.grad is not None)
+
+
+@pytest.mark.parametrize("roles", [(), ("student",), ("teacher",), ("student", "teacher")])
+def test_the_cause_of_a_divergence_is_named(make, roles):
+    model = make.distillation()
+    for role in roles:
+        with torch.no_grad():
+            (model if role == "student" else model.teacher_model).output_layer.weight[3, 0] = float("nan")
+    assert cause_of_divergence([model]) is None  # nothing has run yet
+    output, data = run(model)
+    loss, _, _ = distillation_loss_fn(model, data)(output)
+    assert torch.isfinite(loss) == (not roles)
+    expected = f"the logits of the {' and the '.join(roles)} are not finite" if roles else None
+    assert cause_of_divergence([model]) == expected
+    assert cause_of_divergence(make.gpt()) is None
 
 
 def test_loss_of_an_ordinary_model_is_refused(make):

@@ -4,15 +4,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
-from modelopt.torch.distill.plugins.megatron import HiddenStateCosineLoss, LogitsKLLoss, MSELoss, TopKLogitsKLLoss
+from modelopt.torch.distill.plugins.megatron import LogitsKLLoss, TopKLogitsKLLoss
 
 from nemo_opt.distill.config import DistillationConfig
-from nemo_opt.distill.criterion import LogitsDivergence, LossBalancer, build_criterion, local_layer_name
+from nemo_opt.distill.criterion import LogitsDivergence, LossBalancer, build_criterion
 from nemo_opt.errors import ConfigError
 
 LOGITS = ("output_layer", "output_layer")
-FINAL_NORMS = ("decoder.final_layernorm", "decoder.final_layernorm")
 
 
 def sizes(hidden=8, layers=4, **changes):
@@ -68,12 +68,13 @@ def test_never_divides_by_zero_and_never_turns_a_gradient_round(logits, hidden, 
         assert part.grad is None or (torch.isfinite(part.grad) and part.grad >= 0)
 
 
-def test_criterion_of_a_settings_object():
-    config = DistillationConfig(intermediate_layer_pairs=[FINAL_NORMS, ("decoder.layers.3", "decoder.layers.5", "mse")])
-    criterion = build_criterion(config, sizes(), sizes(hidden=12, layers=6))
-    assert {names: type(loss) for names, loss in criterion.items()} == {
-        LOGITS: LogitsDivergence, FINAL_NORMS: HiddenStateCosineLoss, ("decoder.layers.3", "decoder.layers.5"): MSELoss
-    }  # fmt: skip
+def test_criterion_is_that_of_the_logits_on_the_last_stage_and_empty_elsewhere(world, monkeypatch):
+    """`adjust_distillation_model_for_mcore` adds the pairs of hidden states."""
+    config = DistillationConfig(intermediate_layer_pairs=[("decoder.final_layernorm", "decoder.final_layernorm")])
+    criterion = build_criterion(config, sizes())
+    assert {names: type(loss) for names, loss in criterion.items()} == {LOGITS: LogitsDivergence}
+    monkeypatch.setattr(parallel_state, "is_pipeline_last_stage", lambda: False)
+    assert build_criterion(config, sizes()) == {}
 
 
 OPTIONS = [  # and ModelOpt's class that computes the same on one rank
@@ -92,7 +93,7 @@ def test_logits_are_compared_as_modelopt_compares_them(world, options, theirs, s
     other = student.clone().requires_grad_()
     student.requires_grad_()
     expected, _, _ = theirs()(other, teacher.clone())
-    losses, reduced, split = build_criterion(settings, sizes(), sizes())[LOGITS](student, teacher)
+    losses, reduced, split = build_criterion(settings, sizes())[LOGITS](student, teacher)
     (losses.sum() / (4 if squared else 1)).backward()
     expected.sum().backward()
     torch.testing.assert_close(losses, expected * (4 if squared else 1))
@@ -101,46 +102,34 @@ def test_logits_are_compared_as_modelopt_compares_them(world, options, theirs, s
 
 
 def test_padding_of_the_vocabulary_is_not_compared(world):
-    loss = build_criterion(DistillationConfig(), sizes(), sizes(), vocab_size=15)[LOGITS]
+    loss = build_criterion(DistillationConfig(), sizes(), vocab_size=15)[LOGITS]
     student, teacher = torch.randn(2, 5, 3, 20, generator=torch.Generator().manual_seed(1))
-    expected = build_criterion(DistillationConfig(), sizes(), sizes())[LOGITS](student[..., :15], teacher[..., :15].clone())[0]
+    expected = build_criterion(DistillationConfig(), sizes())[LOGITS](student[..., :15], teacher[..., :15].clone())[0]
     torch.testing.assert_close(loss(student, teacher)[0], expected)
 
 
-def test_own_criterion_is_taken_as_it_is():
+def test_own_criterion_is_taken_as_it_is(world):
     own = {LOGITS: torch.nn.MSELoss()}
-    assert build_criterion(DistillationConfig(criterion=own), sizes(), sizes()) == own
+    assert build_criterion(DistillationConfig(criterion=own), sizes()) == own
 
 
-def test_projection_does_not_depend_on_the_random_state():
-    """Tensor- and data-parallel ranks each make one; they must be copies."""
-    made = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        criterion = build_criterion(DistillationConfig(intermediate_layer_pairs=[FINAL_NORMS]), sizes(), sizes(hidden=12))
-        made.append([parameter.clone() for parameter in criterion[FINAL_NORMS].parameters()])
-    assert [tuple(parameter.shape) for parameter in made[0]] == [(12, 8), (12,)]
-    assert all(torch.equal(one, two) for one, two in zip(*made, strict=True))
-    assert made[0][0].std() > 0.01
+@pytest.mark.parametrize("topk", [None, 3])
+@pytest.mark.parametrize(("student_is_wrong", "teacher_is_wrong"), [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_it_remembers_whose_logits_were_no_finite_numbers(world, student_is_wrong, teacher_is_wrong, wrong, topk):
+    loss = build_criterion(DistillationConfig(logit_kl_topk=topk), sizes())[LOGITS]
+    student, teacher = torch.randn(2, 5, 3, 20, generator=torch.Generator().manual_seed(1))
+    loss(student.clone(), teacher.clone())
+    assert loss.finite.tolist() == [True, True]
+    place = teacher[2, 1].argmax() if topk else 7  # among the candidates
+    for logits, is_wrong in ((student, student_is_wrong), (teacher, teacher_is_wrong)):
+        if is_wrong:
+            logits[2, 1, place] = wrong
+    loss(student, teacher)
+    assert loss.finite.tolist() == [not student_is_wrong, not teacher_is_wrong]
 
 
-def test_equal_widths_need_no_projection():
-    criterion = build_criterion(DistillationConfig(intermediate_layer_pairs=[FINAL_NORMS]), sizes(), sizes())
-    assert not list(criterion[FINAL_NORMS].parameters())
-
-
-@pytest.mark.parametrize(
-    ("name", "local"),
-    [
-        ("decoder.final_layernorm", "decoder.final_layernorm"),
-        ("decoder.layers.2", "decoder.layers.0"),
-        ("decoder.layers.3.mlp", "decoder.layers.1.mlp"),
-    ],
-)
-def test_layer_numbers_on_the_last_stage(name, local):
-    assert local_layer_name(name, sizes(pipeline_model_parallel_size=2)) == local
-
-
-def test_layers_of_earlier_stages_are_refused():
-    with pytest.raises(ConfigError, match="begins with layer 2"):
-        local_layer_name("decoder.layers.1.mlp", sizes(pipeline_model_parallel_size=2))
+def test_logits_of_other_lengths_are_refused(world):
+    loss = build_criterion(DistillationConfig(), sizes())[LOGITS]
+    with pytest.raises(ConfigError, match=r"student are \[5, 3, 20\], of the teacher \[4, 3, 20\].*one vocabulary, sequence length"):
+        loss(torch.zeros(5, 3, 20), torch.zeros(4, 3, 20))
