@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_opt.api.resumable import check_resumable, check_save_interval
 from nemo_opt.distill.teacher import check_same_tokens, shared_vocabulary, teacher_sizes
 from nemo_opt.errors import CheckpointError, ConfigError
 from nemo_opt.models.huggingface_config import is_huggingface
@@ -114,6 +115,7 @@ def check_train(
     checkpoint: str | None = None,
     resume: bool = False,
     tokenizer: str | None = None,
+    save_interval: int = 0,
     overwrite: bool = False,
     **_: Any,
 ) -> None:
@@ -126,7 +128,7 @@ def check_train(
         model = info.model
         tokenizer_directory(info, tokenizer)
         if resume:
-            _check_resume(info, training)
+            check_resumable(info, "train", max_steps=training.max_steps)
     elif tokenizer is None:
         raise ConfigError("a model that starts from its sizes has no tokenizer yet: name one")
     else:
@@ -136,13 +138,7 @@ def check_train(
     resolved = _check_layout(topology, world_size, model, data.seq_length)
     _check_data(data, 0)
     _check_training(data, training, resolved)
-
-
-def _check_resume(info: "CheckpointInfo", training: "TrainingConfig") -> None:
-    if not info.has_optimizer:
-        raise ConfigError(f"checkpoint {info.path} holds no optimizer state: start from its weights, without resuming")
-    if info.iteration >= training.max_steps:
-        raise ConfigError(f"checkpoint {info.path} is at step {info.iteration} of max_steps {training.max_steps}: ask for more steps")
+    check_save_interval(save_interval, output, "train", source=checkpoint if resume else None, overwrite=overwrite)
 
 
 def _check_training(data: "DataConfig", training: "TrainingConfig", topology: Topology) -> None:
@@ -414,10 +410,9 @@ def check_distill(
         resolved = _check_layout(topology, world_size, model, data.seq_length)
     _check_data(data, eval_batches)
     _check_training(data, training, resolved)
-    if save_interval < 0:
-        raise ConfigError(f"save_interval {save_interval} < 0: give the steps between two checkpoints, or 0 to save at the end alone")
     if resume:
-        _check_resume(info, training)
+        check_resumable(info, "distill", max_steps=training.max_steps)
+    check_save_interval(save_interval, output, "distill", source=student if resume else None, overwrite=overwrite)
     _check_report(report)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import nemo_opt._stack
 
-from nemo_opt.api import checks
+from nemo_opt.api import checks, resumable
 from nemo_opt.api._session import open_feed, session, world_size
 from nemo_opt.api.results import TrainResult
 from nemo_opt.checkpoint.info import read_info
@@ -34,6 +34,7 @@ def train(
     tokenizer: str | None = None,
     spec: Spec | None = None,
     log_dir: str | None = None,
+    save_interval: int = 0,
     save_optimizer: bool = True,
     overwrite: bool = False,
 ) -> TrainResult:
@@ -50,6 +51,8 @@ def train(
         tokenizer: Its directory; the checkpoint's own by default.
         spec: Layer spec, "te" or "local"; the device's default when None.
         log_dir: Where metrics.jsonl is written.
+        save_interval: Steps between checkpoints to resume from, each replacing the last one at `<output>-resume`; 0 writes none. The last
+            one is removed when the output is in place.
         save_optimizer: Whether the checkpoint can be resumed from.
         overwrite: Replace an existing output.
 
@@ -58,6 +61,7 @@ def train(
 
     """
     settings: dict[str, Any] = {"model": model, "checkpoint": checkpoint, "resume": resume, "tokenizer": tokenizer, "overwrite": overwrite}
+    settings["save_interval"] = save_interval
     checks.check_train(output=output, data=data, training=training, topology=topology, world_size=world_size(), **settings)
     info = read_info(checkpoint) if checkpoint is not None else None
     sizes = info.model if info is not None else model
@@ -75,7 +79,7 @@ def train(
 
         def save(run: TrainingRun) -> None:
             if save_optimizer:
-                run.save(output, tokenizer_dir=tokenizer_dir, overwrite=overwrite)
+                run.save(output, tokenizer_dir=tokenizer_dir, extra=resumable.marks("train"), overwrite=overwrite)
             else:
                 position: dict[str, Any] = {"iteration": run.iteration, "consumed_samples": run.consumed_samples}
                 save_checkpoint(output, run.chunks, topology=job.topology, tokenizer_dir=tokenizer_dir, overwrite=overwrite, **position)
@@ -88,8 +92,11 @@ def train(
             valid_batches_fn=feed.valid_batches if training.limit_val_batches else None,
             log_dir=log_dir,
             resume=checkpoint if resume else None,
+            on_interval=lambda run: resumable.save(run, output, "train", tokenizer_dir),
+            interval=save_interval,
             on_end=save,
         )
+        resumable.clear(output, wrote=save_interval > 0, source=checkpoint if resume else None)
         return TrainResult(
             **job.facts(chunks),
             path=output,
@@ -99,4 +106,6 @@ def train(
             loss_after=result.validation_loss,
             loss_uniform=math.log(sizes.vocab_size),
             tokens_per_s=result.tokens_per_s,
+            peak_memory_bytes=result.peak_memory_bytes,
+            resumable=output if save_optimizer else None,
         )

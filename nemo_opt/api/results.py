@@ -62,6 +62,10 @@ class TrainResult(Result):
     """ln(vocabulary): the loss of knowing nothing."""
     tokens_per_s: float
     """Training tokens a second over all ranks."""
+    peak_memory_bytes: int | None = None
+    """The most that any rank held during the training: allocated on a GPU, resident in main memory without one."""
+    resumable: str | None = None
+    """Checkpoint from which training can go on; None where none is left."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,24 +171,40 @@ class PruneResult(Result):
 
 @dataclass(frozen=True, kw_only=True)
 class DistillResult(Result):
-    """A distillation."""
+    """A distillation. First and last of the distillation losses are those of this run's steps."""
 
     steps: int
-    """Optimizer steps."""
+    """Optimizer steps taken in all, those before a resume included."""
+    resumed_at: int = 0
+    """How many of them were taken before this run."""
     teacher: str
     """The teacher's checkpoint."""
     teacher_loss: float | None
     """Validation loss of the teacher."""
     loss_before: float | None
-    """Validation loss of the student before."""
+    """Validation loss of the student before this run."""
     loss_after: float | None
     """Validation loss of the student after."""
+    validation_losses: dict[str, float] = field(default_factory=dict)
+    """Validation losses of the student on the way, by step."""
     kd_loss_first: float
-    """Distillation loss of the first step."""
+    """What was minimised, in the first step."""
     kd_loss_last: float
-    """Distillation loss of the last step."""
+    """And in the last step."""
+    logits_loss_first: float | None = None
+    """The part that compares next-token distributions, in the first step."""
+    logits_loss_last: float | None = None
+    """And in the last step."""
+    intermediate_loss_first: float | None = None
+    """The part that compares hidden states, in the first step; 0 or None where none are compared."""
+    intermediate_loss_last: float | None = None
+    """And in the last step."""
     tokens_per_s: float
     """Training tokens a second over all ranks."""
+    peak_memory_bytes: int | None = None
+    """The most that any rank held during the training: allocated on a GPU, resident in main memory without one."""
+    resumable: str | None = None
+    """Checkpoint from which the distillation can go on; None where none is left."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 import nemo_opt.api as api
 from nemo_opt.api import checks
+from nemo_opt.api.resumable import marks
 from nemo_opt.checkpoint.info import CheckpointInfo, write_info
 from nemo_opt.checkpoint.manifest import hash_files, list_files, write_manifest
 from nemo_opt.data.corpus import builtin_documents
@@ -281,10 +282,19 @@ def test_distill(place, tokenizers, monkeypatch):
 def test_distill_resumes(place, tokenizers):
     with pytest.raises(ConfigError, match="holds no optimizer state: start from its weights, without resuming"):
         distill(place, resume=True)
-    halfway = make(place / "halfway", tokenizers / "300", has_optimizer=True, iteration=3)
+    halfway = make(place / "halfway", tokenizers / "300", has_optimizer=True, iteration=3, extra=marks("distill"))
     with pytest.raises(ConfigError, match="step 3 of max_steps 3: ask for more steps"):
         distill(place, student=halfway, resume=True)
     distill(place, student=halfway, resume=True, training=training(max_steps=4))
+    trained = make(place / "trained", tokenizers / "300", has_optimizer=True, iteration=3)
+    with pytest.raises(ConfigError, match="trained is of a training, a distillation cannot go on from it"):
+        distill(place, student=trained, resume=True, training=training(max_steps=4))
+    make(place / "out-resume", has_optimizer=True, iteration=1, extra=marks("distill"))
+    with pytest.raises(ConfigError, match="out-resume is what an interrupted distillation left at step 1: resume from it"):
+        distill(place, student=halfway, resume=True, training=training(max_steps=4), save_interval=1)
+    with pytest.raises(ConfigError, match="an interrupted distillation left at step 1: resume from it"):
+        distill(place, save_interval=1)
+    distill(place, save_interval=1, overwrite=True)
 
 
 def test_distill_names_the_layers_that_there_are(place, tokenizers):
@@ -398,6 +408,14 @@ def test_train(place, tokenizers):
     with pytest.raises(ConfigError, match="step 3 of max_steps 3"):
         train(place, checkpoint=done, resume=True)
     train(place, checkpoint=done, resume=True, training=training(max_steps=4))
+    with pytest.raises(ConfigError, match="save_interval -1 < 0"):
+        train(place, save_interval=-1)
+    left = make(place / "out-resume", tokenizers / "300", has_optimizer=True, iteration=1, extra=marks("train"))
+    with pytest.raises(ConfigError, match="an interrupted training left at step 1: resume from it, remove it, or ask"):
+        train(place, save_interval=1)
+    with pytest.raises(ConfigError, match="an interrupted training left at step 1"):
+        train(place, checkpoint=done, resume=True, training=training(max_steps=4), save_interval=1)
+    train(place, checkpoint=left, resume=True, save_interval=1)
 
 
 def test_evaluate(place):
