@@ -142,7 +142,7 @@ def _load(info: CheckpointInfo, metadata: Metadata, chunks: Sequence[Any], optim
     with guarded():
         _restore_modelopt(info, metadata, chunks, optimizer)
         state = _wanted(info, metadata, chunks, optimizer)
-        check_fit(state, metadata, strict=strict)
+        check_fit(state, metadata, strict=strict, with_losses=optimizer is not None)
         try:
             loaded = dist_checkpointing.load(state, str(info.weights_dir))
         except CheckpointingException as error:

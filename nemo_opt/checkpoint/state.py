@@ -120,13 +120,14 @@ def drop_absent(state: dict[str, Any], metadata: Metadata, *, absent: Callable[[
     return dict(kept)
 
 
-def check_fit(state: dict[str, Any], metadata: Metadata, *, strict: bool = True) -> None:
+def check_fit(state: dict[str, Any], metadata: Metadata, *, strict: bool = True, with_losses: bool = False) -> None:
     """Compares what all ranks want to load with what a checkpoint holds; collective.
 
     Args:
         state: Sharded state of this rank.
         metadata: Table of contents of the checkpoint.
         strict: Also refuse weights that no rank asks for.
+        with_losses: Whether the parameters of a distillation's losses are among them: they go with an optimizer, not with a model.
 
     Raises:
         CheckpointError: naming missing and unexpected entries, or both shapes of one that differs.
@@ -137,7 +138,8 @@ def check_fit(state: dict[str, Any], metadata: Metadata, *, strict: bool = True)
         wanted |= part
     stored = {key: _stored_shape(value) for key, value in metadata.state_dict_metadata.items()}
     missing = sorted(wanted.keys() - stored.keys())
-    unexpected = sorted(key for key in stored.keys() - wanted.keys() if strict and _is_weight(key))
+    others = [] if with_losses else [LOSS_MODULES_PREFIX]
+    unexpected = sorted(key for key in stored.keys() - wanted.keys() if strict and _is_weight(key, *others))
     if missing or unexpected:
         raise CheckpointError(f"the checkpoint does not fit the model: missing {_some(missing)}, unexpected {_some(unexpected)}")
     for key, shape in wanted.items():
@@ -156,8 +158,9 @@ def _stored_shape(value: Any) -> tuple[int, ...] | None:
     return tuple(value.size) if isinstance(value, TensorStorageMetadata) else None
 
 
-def _is_weight(key: str) -> bool:
-    return not key.startswith((OPTIMIZER_PREFIX, LOSS_MODULES_PREFIX, RNG_KEY, COMMON_KEY)) and not is_extra_state(key)
+def _is_weight(key: str, *others: str) -> bool:
+    """Whether a stored key is a weight; keys that begin with one of `others` are not."""
+    return not key.startswith((OPTIMIZER_PREFIX, RNG_KEY, COMMON_KEY, *others)) and not is_extra_state(key)
 
 
 def _some(names: list[str], limit: int = 8) -> str:

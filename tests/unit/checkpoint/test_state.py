@@ -58,8 +58,10 @@ def test_what_fits_passes_and_counts_its_bytes():
     assert local_bytes([tensor("a", 2, 3, replica=1)]) == 0
 
 
-def test_a_model_wants_the_parameters_of_its_losses_only_if_it_has_any():
+def test_parameters_of_losses_go_with_an_optimizer():
     check_fit(STATE, STORED)
+    with pytest.raises(CheckpointError, match=r"missing nothing, unexpected _loss_modules\.0\.projection"):
+        check_fit(STATE, STORED, with_losses=True)
     check_fit([*STATE.values(), tensor("_loss_modules.0.projection", 3, 2)], STORED)
     with pytest.raises(CheckpointError, match=r"missing _loss_modules\.1\.projection, unexpected nothing"):
         check_fit([*STATE.values(), tensor("_loss_modules.1.projection", 3, 2)], STORED)
