@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -357,6 +359,45 @@ def test_damaged_teachers(place, tokenizers):
             distill(place, teacher=str(hf))
     with pytest.raises(ConfigError, match=r"quantised \(quant_method 'fp8'\): give the model that it was made from"):
         distill(place, teacher=make_hf(place / "quantised", quantization_config={"quant_method": "fp8"}))
+
+
+def test_teachers_on_the_command_line(place, tokenizers):
+    """Exit code 2 and one line, before torch is loaded and before anything is written."""
+    settings = place / "kd.yaml"
+    settings.write_text("intermediate_layer_pairs: [[decoder.layers.3, decoder.layers.9]]")
+    truncate(Path(make_hf(place / "cut")) / "model.safetensors")
+    truncate(Path(make(place / "damaged", tokenizers / "300")) / "tokenizer" / "tokenizer.json")
+    make(place / "fp8", tokenizers / "300", has_modelopt_state=True)
+    make_hf(place / "fewer", MODEL.with_(vocab_size=290))
+    cases = {
+        "nowhere": "nowhere does not exist",
+        "text.txt": "text.txt is a file",
+        "cut": "no whole safetensors file",
+        "damaged": "tokenizer.json is truncated",
+        "fp8": "is quantised",
+        "fewer": "of the teacher 290",
+        f"ckpt --kd-config {settings}": "whose layers are 0..3",
+    }
+    flags = f"--seq-length 32 --mbs 2 --gbs 4 --data {place / 'text.txt'}"
+    commands = [f"distill {place / 'ckpt'} {place / case} {place / 'out'} {flags}".split() for case in cases]
+    code = f"""
+import sys
+from nemo_opt.cli import main
+sys.stderr = sys.stdout
+for command in {commands!r}:
+    print("CASE")
+    try: main(command)
+    except SystemExit as end: print("EXIT", end.code)
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    answers = done.stdout.split("CASE")[1:]
+    for (case, message), answer in zip(cases.items(), answers, strict=True):
+        assert message in " ".join(answer.split()), f"{case}: {answer}"
+        assert "EXIT 2" in answer, f"{case}: {answer}"
+        assert "Traceback" not in answer
+    assert not (place / "out").exists()
 
 
 def test_vocabularies_of_teachers(place, tokenizers):
