@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 import nemo_opt.api as api
 from nemo_opt.api import checks
@@ -335,32 +335,6 @@ def test_teachers(place, tokenizers):
         distill(place, topology=Topology(tp=3), world_size=3)
 
 
-def test_damaged_teachers(place, tokenizers):
-    damaged = Path(make(place / "damaged", tokenizers / "300"))
-    truncate(damaged / "tokenizer" / "tokenizer.json")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json is truncated"):
-        distill(place, teacher=str(damaged))
-    (damaged / "tokenizer" / "tokenizer.json").unlink()
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing"):
-        distill(place, teacher=str(damaged))
-    hf = Path(make_hf(place / "hf"))
-    weights = hf / "model.safetensors"
-    tensors = load_file(weights)
-    for change, message in (
-        (lambda: truncate(weights), "no whole safetensors file"),
-        (lambda: save_file({k: v for k, v in tensors.items() if "norm" not in k}, weights), r"lacks model\.layers\.0\.input_layernorm"),
-        (lambda: save_file(tensors | {"lm_head.weight": tensors["lm_head.weight"][:299]}, weights), r"\(299, 32\), the model needs \(300"),
-        (lambda: save_file(tensors | {"lm_head.weight": np.zeros((300, 32), np.int8)}, weights), "is I8, a quantised weight"),
-        (lambda: weights.unlink(), r"holds neither model\.safetensors nor"),
-        (lambda: truncate(hf / "config.json"), r"config\.json is no JSON"),
-    ):
-        change()
-        with pytest.raises(CheckpointError, match=message):
-            distill(place, teacher=str(hf))
-    with pytest.raises(ConfigError, match=r"quantised \(quant_method 'fp8'\): give the model that it was made from"):
-        distill(place, teacher=make_hf(place / "quantised", quantization_config={"quant_method": "fp8"}))
-
-
 def test_teachers_on_the_command_line(place, tokenizers):
     """Exit code 2 and one line, before torch is loaded and before anything is written."""
     settings = place / "kd.yaml"
@@ -401,38 +375,17 @@ assert "torch" not in sys.modules
 
 
 def test_vocabularies_of_teachers(place, tokenizers):
-    """Rows that are no tokens may differ."""
+    """Rows that are no tokens may differ; other words may not."""
     distill(place, teacher=make(place / "more", tokenizers / "300", model=MODEL.with_(vocab_size=400)))
-    distill(place, teacher=make_hf(place / "hf", MODEL.with_(vocab_size=310)))
-    fewer = make_hf(place / "fewer", MODEL.with_(vocab_size=290))
     with pytest.raises(ConfigError, match="student has 300 rows, of the teacher 290, their tokenizer has 300 tokens: 10 of them"):
-        distill(place, teacher=fewer)
+        distill(place, teacher=make_hf(place / "fewer", MODEL.with_(vocab_size=290)))
     wide = make(place / "wide", tokenizers / "300", model=MODEL.with_(vocab_size=320))
+    distill(place, student=wide)
     with pytest.raises(ConfigError, match="student has 320 rows, of the teacher 300, their tokenizer has 320 tokens: 20 of them"):
         distill(place, student=wide, tokenizer=str(tokenizers / "320"))
-    distill(place, student=wide)
-
-
-def test_tokenizers_of_teachers(place, tokenizers):
-    """Vocabularies of one size may still be of different words."""
     other = train_tokenizer(builtin_documents()[20:40], 300, place / "other").path
-    with pytest.raises(ConfigError, match=r"the tokenizer of the teacher, .*: '.*' is token \S+ there and \S+ here"):
+    with pytest.raises(ConfigError, match="is not the student's"):
         distill(place, teacher=make(place / "stranger", other))
-    hf = Path(make_hf(place / "hf"))
-    shutil.copy(other / "tokenizer.json", hf)
-    with pytest.raises(ConfigError, match="is not the student's"):
-        distill(place, teacher=str(hf))
-    settings = json.loads((tokenizers / "300" / "tokenizer.json").read_text())
-    settings["added_tokens"].append(settings["added_tokens"][0] | {"id": 300, "content": "<|tool|>"})
-    (hf / "tokenizer.json").write_text(json.dumps(settings))
-    distill(place, teacher=str(hf))
-    settings["model"] = {"type": "Unigram", "vocab": [["x", -1.0]], "unk_id": 0}
-    (hf / "tokenizer.json").write_text(json.dumps(settings))
-    with pytest.raises(ConfigError, match="is not the student's"):
-        distill(place, teacher=str(hf))
-    (hf / "tokenizer.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="holds no vocabulary"):
-        distill(place, teacher=str(hf))
 
 
 def test_train(place, tokenizers):
