@@ -50,6 +50,9 @@ MinLr = Annotated[
     float | None, typer.Option("--min-lr", help="Lowest learning rate; a tenth of --lr by default.", rich_help_panel="Training")
 ]
 Warmup = Annotated[int | None, typer.Option("--warmup-steps", help="A tenth of --steps by default.", rich_help_panel="Training")]
+SaveInterval = Annotated[
+    int, typer.Option("--save-interval", help="Steps between checkpoints to resume from, at OUTPUT-resume.", rich_help_panel="Training")
+]
 LogDir = Annotated[Path | None, typer.Option("--log-dir", help="Directory of metrics.jsonl.", rich_help_panel="Training")]
 
 
@@ -73,7 +76,15 @@ def _run(command: str, layout: Layout, json: Path | None, **settings: Any) -> An
 
 
 def _training(
-    steps: int, gbs: int, mbs: int, seq_length: int, lr: float, min_lr: float | None, warmup: int | None, eval_batches: int
+    steps: int,
+    gbs: int,
+    mbs: int,
+    seq_length: int,
+    lr: float,
+    min_lr: float | None,
+    warmup: int | None,
+    eval_batches: int,
+    val_check_interval: int | None = None,
 ) -> Any:
     from nemo_opt.training.config import TrainingConfig
 
@@ -85,7 +96,7 @@ def _training(
         lr=lr,
         min_lr=lr / 10 if min_lr is None else min_lr,
         warmup_steps=steps // 10 if warmup is None else warmup,
-        val_check_interval=steps,
+        val_check_interval=steps if val_check_interval is None or not eval_batches else val_check_interval,
         limit_val_batches=max(eval_batches, 1),
     )
 
@@ -110,6 +121,7 @@ def train(
     eval_batches: EvalBatches = 8,
     spec: Spec = None,
     log_dir: LogDir = None,
+    save_interval: SaveInterval = 0,
     overwrite: Overwrite = False,
     json: Json = None,
     *,
@@ -118,6 +130,8 @@ def train(
     """Train a model from its sizes, or go on from a checkpoint.
 
     Example: `nemo-opt train OUT --preset tiny --tokenizer TOKENIZER_DIR --steps 200 --tp 2`
+
+    or, interrupted with --save-interval, `nemo-opt train OUT --checkpoint OUT-resume --resume --steps 200 --tp 2`
     """
     from nemo_opt.models.config import preset as preset_named
 
@@ -135,7 +149,8 @@ def train(
         data=settings,
         training=training,
         spec=check_spec(spec),
-        log_dir=str(log_dir) if log_dir else None,
+        log_dir=_text(log_dir),
+        save_interval=save_interval,
         overwrite=overwrite,
     )
 
@@ -356,8 +371,8 @@ def prune(
 
 @with_layout
 def distill(
-    student: Checkpoint,
-    teacher: Checkpoint,
+    student: Annotated[Path, typer.Argument(help="Checkpoint to train; it may be quantised.", show_default=False)],
+    teacher: Annotated[Path, typer.Argument(help="Checkpoint or Hugging Face directory to learn from.", show_default=False)],
     output: Output,
     kd_config: Annotated[str | None, typer.Option("--kd-config", help="YAML with the layer pairs and scales, as NeMo's.")] = None,
     tokenizer: Tokenizer = None,
@@ -372,8 +387,26 @@ def distill(
     split: Split = None,
     mock: Mock = False,
     eval_batches: EvalBatches = 8,
+    val_check_interval: Annotated[
+        int | None,
+        typer.Option(
+            "--val-check-interval",
+            help="Steps between validations on the way; 0 for none. Default: a tenth of --steps with --report, else none.",
+            show_default=False,
+            rich_help_panel="Training",
+        ),
+    ] = None,
+    report: Annotated[Path | None, typer.Option("--report", help="Write a page of the losses (HTML).")] = None,
     spec: Spec = None,
     log_dir: LogDir = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from STUDENT, which an interrupted distillation left.", rich_help_panel="Training")
+    ] = False,
+    save_interval: SaveInterval = 0,
+    save_optimizer: Annotated[
+        bool,
+        typer.Option("--save-optimizer", help="Write OUTPUT so that it can be resumed for more steps.", rich_help_panel="Training"),
+    ] = False,
     overwrite: Overwrite = False,
     json: Json = None,
     *,
@@ -381,8 +414,14 @@ def distill(
 ) -> None:
     """Train a student to give the teacher's answers.
 
-    Example: `nemo-opt distill ./pruned ./teacher ./distilled --steps 100 --pp 2`
+    Example: `nemo-opt distill ./pruned ./teacher ./distilled --steps 100 --pp 2 --report distilled.html`
+
+    or, a long run, `nemo-opt distill ./pruned ./teacher ./distilled --steps 10000 --save-interval 500 --log-dir ./log`
+
+    and, after it was interrupted, `nemo-opt distill ./distilled-resume ./teacher ./distilled --steps 10000 --resume --log-dir ./log`
     """
+    if val_check_interval is None and report is not None:
+        val_check_interval = max(steps // 10, 1)
     settings = data_config(data, mock=mock, split=split, seq_length=seq_length, micro_batch_size=mbs, global_batch_size=gbs)
     _run(
         "distill",
@@ -393,10 +432,15 @@ def distill(
         output=str(output),
         distillation=kd_config,
         data=settings,
-        training=_training(steps, gbs, mbs, seq_length, lr, min_lr, warmup_steps, eval_batches),
+        training=_training(steps, gbs, mbs, seq_length, lr, min_lr, warmup_steps, eval_batches, val_check_interval),
         tokenizer=tokenizer,
+        eval_batches=eval_batches,
         spec=check_spec(spec),
-        log_dir=str(log_dir) if log_dir else None,
+        log_dir=_text(log_dir),
+        resume=resume,
+        save_interval=save_interval,
+        save_optimizer=save_optimizer,
+        report=_text(report),
         overwrite=overwrite,
     )
 

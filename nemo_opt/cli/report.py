@@ -150,13 +150,23 @@ def _show_sweep(console: Console, result: SweepResult) -> None:
         console.print(f"{name} failed: {result.runs[name].error}", style="red", markup=False, highlight=False)
 
 
+def _run_rows(result: TrainResult | DistillResult) -> Iterable[tuple[str, str]]:
+    """What every training took, and how it goes on."""
+    resumed = f" ({result.resumed_at} of them before)" if isinstance(result, DistillResult) and result.resumed_at else ""
+    yield "steps", f"{result.steps}{resumed}, {format_count(result.tokens_per_s)} tokens/s"
+    if result.peak_memory_bytes is not None:
+        yield "memory", f"{format_bytes(result.peak_memory_bytes)} at most on a rank"
+    if result.resumable is not None:
+        yield "can be resumed", "yes"
+
+
 def _rows(result: Result) -> Iterable[tuple[str, str]]:
     """What is particular to each kind of result."""
     match result:
         case TrainResult():
             yield "training loss", _arrow(format_loss(result.loss_first), format_loss(result.loss_last))
             yield "validation loss", f"{format_loss(result.loss_after)} (knowing nothing: {result.loss_uniform:.4f})"
-            yield "steps", f"{result.steps}, {format_count(result.tokens_per_s)} tokens/s"
+            yield from _run_rows(result)
         case PtqResult():
             yield from _quantisation_rows(result)
         case RecipeResult():
@@ -168,7 +178,13 @@ def _rows(result: Result) -> Iterable[tuple[str, str]]:
             yield _losses(result)
             yield "teacher's loss", format_loss(result.teacher_loss)
             yield "distillation loss", _arrow(format_loss(result.kd_loss_first), format_loss(result.kd_loss_last))
-            yield "steps", f"{result.steps}, {format_count(result.tokens_per_s)} tokens/s"
+            for name, first, last in (
+                ("logits", result.logits_loss_first, result.logits_loss_last),
+                ("hidden states", result.intermediate_loss_first, result.intermediate_loss_last),
+            ):
+                if first or last:
+                    yield f"of {name}", _arrow(format_loss(first), format_loss(last))
+            yield from _run_rows(result)
         case ImportResult() | ExportResult():
             yield "from", result.source
             yield "bytes", format_bytes(result.bytes_after)

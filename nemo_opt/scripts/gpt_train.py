@@ -1,7 +1,8 @@
 """NeMo's scripts/llm/gpt_train.py: trains a checkpoint, or distils it from a teacher when `--teacher_path` is given.
 
-The result is written to LOG_DIR/NAME/checkpoint, metrics to LOG_DIR/NAME/metrics.jsonl. Training runs in float32 without a GPU whatever
-`--precision` says, with a printed line; chat data is refused by name.
+The result is written to LOG_DIR/NAME/checkpoint, metrics to LOG_DIR/NAME/metrics.jsonl. As in NeMo, every validation leaves a checkpoint
+(LOG_DIR/NAME/checkpoint-resume), and an interrupted run goes on from it when the same command is given again. Training runs in float32
+without a GPU whatever `--precision` says, with a printed line; chat data is refused by name.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 from nemo_opt.api.corpus import data_config
+from nemo_opt.api.resumable import resume_dir
 from nemo_opt.cli.run import exit_code_of
 from nemo_opt.errors import ConfigError
 from nemo_opt.parallel import Topology
@@ -49,13 +51,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--lr", type=float, default=1e-4, help="Highest learning rate of the cosine schedule")
     p.add_argument("--min_lr", type=float, default=1e-5, help="Lowest learning rate")
     p.add_argument("--warmup_steps", type=int, default=50, help="Steps of warm-up")
-    p.add_argument("--val_check_interval", type=int, default=100, help="Validate every so many steps")
+    p.add_argument("--val_check_interval", type=int, default=100, help="Validate, and save to go on from, every so many steps")
     p.add_argument("--limit_val_batches", type=int, default=32, help="Batches of one validation")
     p.add_argument("--log_interval", type=int, default=10, help="Log every so many steps")
     p.add_argument(
         "--legacy_ckpt", action="store_true", help="Accepted; checkpoints of nemo_opt do not depend on the version of Transformer Engine"
     )
     _common.add_own_flags(p)
+    group = p.add_argument_group("nemo_opt's own, of training")
+    group.add_argument(
+        "--save_interval", type=int, help="Steps between checkpoints to go on from; --val_check_interval by default, 0: none"
+    )
+    group.add_argument("--report", help="Write a page of a distillation's losses (HTML)")
     return p
 
 
@@ -70,9 +77,13 @@ def _run(options: argparse.Namespace) -> None:
     topology = Topology(tp=options.tp_size, pp=options.pp_size, cp=options.cp_size, ep=options.ep_size, sp=options.tp_size > 1)
     devices = _common.start_count(topology, options.devices, options.num_nodes, nodes_given=options.num_nodes > 1)
     home = Path(options.log_dir) / options.name
+    output = str(home / "checkpoint")
+    resumed = resume_dir(output)
     settings = {
-        "output": str(home / "checkpoint"),
+        "output": output,
         "log_dir": str(home),
+        "resume": resumed.exists(),
+        "save_interval": options.val_check_interval if options.save_interval is None else options.save_interval,
         "training": _training(options),
         "data": data_config(
             options.data_paths,
@@ -85,11 +96,16 @@ def _run(options: argparse.Namespace) -> None:
         ),
         "tokenizer": options.tokenizer,
     }
+    source = options.model_path
+    if settings["resume"]:
+        _common.note(f"going on from {resumed}, where an interrupted run left it; remove it to start from {source}")
+        source = str(resumed)
     if options.teacher_path:
-        distillation = {"student": options.model_path, "teacher": options.teacher_path, "distillation": options.kd_config}
-        _common.run("distill", options, devices=devices, topology=topology, **settings, **distillation)
+        distillation = {"student": source, "teacher": options.teacher_path, "distillation": options.kd_config}
+        shown = {"eval_batches": options.eval_batches, "report": options.report}
+        _common.run("distill", options, devices=devices, topology=topology, **settings, **distillation, **shown)
     else:
-        _common.run("train", options, devices=devices, topology=topology, checkpoint=options.model_path, **settings)
+        _common.run("train", options, devices=devices, topology=topology, checkpoint=source, **settings)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -100,6 +116,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError("Must provide either custom dataset(s) in --data_paths or set --use_mock_data.")
     if options.kd_config and not options.teacher_path:
         raise ConfigError(f"--kd_config {options.kd_config} without --teacher_path: name the teacher, or leave the settings out")
+    if options.report and not options.teacher_path:
+        raise ConfigError(f"--report {options.report} without --teacher_path: it shows a distillation's losses")
     if options.precision not in _PRECISIONS:
         raise ConfigError(f"--precision {options.precision!r} is not supported: give one of {', '.join(_PRECISIONS)}")
     if options.legacy_ckpt:

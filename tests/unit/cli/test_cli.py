@@ -113,6 +113,7 @@ def call(arguments):
     [
         ("train OUT --preset tiny --tokenizer TOK --tp 2", "train", 2, Topology(tp=2), {"tokenizer": "TOK", "checkpoint": None}),
         ("train OUT --checkpoint C --resume --log-dir L", "train", 1, Topology(), {"checkpoint": "C", "resume": True, "log_dir": "L"}),
+        ("train OUT --checkpoint C --save-interval 5", "train", 1, Topology(), {"resume": False, "save_interval": 5}),
         ("import HF OUT --tp 2 --pp 2", "import_ckpt", 4, Topology(tp=2, pp=2), {"source": "HF", "output": "OUT"}),
         ("export CKPT HF --pp 2", "export_ckpt", 2, Topology(pp=2), {"checkpoint": "CKPT", "output": "HF", "overwrite": False}),
         ("ptq CKPT OUT -a int8 --devices 4 --tp 2", "ptq", 4, Topology(tp=2), {"checkpoint": "CKPT", "spec": None, "report": None}),
@@ -174,6 +175,28 @@ def test_quantisation_by_settings(started):
     assert (quantization.sq_alpha, quantization.fp8_block_shape) == (0.25, (16, 64))
     assert (quantization.kv_cache_qformat, quantization.calibration_packing) == ("nvfp4", "pack")
     assert settings["export"].generate_sample
+
+
+def test_distillation_by_settings(started):
+    call("distill S T OUT --steps 50 --eval-batches 4 --resume --save-interval 10 --save-optimizer --report R.html")
+    call("distill S T OUT --steps 50 --val-check-interval 7")
+    call("distill S T OUT --steps 5 --report R.html")
+    call("distill S T OUT --report R.html --eval-batches 0")
+    call("distill S T OUT")
+    first, *others = (settings for _, _, settings in started)
+    assert {name: first[name] for name in ("eval_batches", "resume", "save_interval", "save_optimizer", "report")} == {
+        "eval_batches": 4, "resume": True, "save_interval": 10, "save_optimizer": True, "report": "R.html",
+    }  # fmt: skip
+    assert (first["training"].val_check_interval, first["training"].limit_val_batches) == (5, 4), "a page shows the way"
+    assert [settings["training"].val_check_interval for settings in others] == [7, 1, 100, 100]
+    last = others[-1]
+    assert (last["eval_batches"], last["resume"], last["save_interval"], last["save_optimizer"], last["report"]) == (
+        8,
+        False,
+        0,
+        False,
+        None,
+    )
 
 
 def test_unknown_packing_is_refused(started, capsys):
@@ -267,6 +290,23 @@ def test_a_pruning_says_which_layers_are_gone_and_what_importance_saw(capsys):
     assert "kv_channels" not in measured, "channels of a head never change"
     report.show(pruned)
     assert "importance" not in capsys.readouterr().out
+
+
+def test_distillation_is_shown_by_its_parts(capsys):
+    measured = replace(
+        RESULTS["distill"], logits_loss_first=0.4, logits_loss_last=0.15, intermediate_loss_first=0.0, intermediate_loss_last=0.0,
+        resumed_at=2, peak_memory_bytes=1_234_000_000, resumable="OUT",
+    )  # fmt: skip
+    report.show(measured)
+    shown = capsys.readouterr().out
+    for text in ("of logits", "0.4000 -> 0.1500", "5 (2 of them before), 1 tokens/s", "1.23 GB at most on a rank", "can be resumed"):
+        assert text in shown
+    assert "hidden states" not in shown
+    report.show(replace(measured, intermediate_loss_first=0.25, intermediate_loss_last=0.0))
+    assert "0.2500 -> 0.0000" in capsys.readouterr().out
+    report.show(RESULTS["distill"])
+    shown = capsys.readouterr().out
+    assert not [text for text in ("of logits", "before", "memory", "resumed") if text in shown]
 
 
 def test_json(started, tmp_path, capsys):

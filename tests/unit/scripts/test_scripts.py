@@ -200,6 +200,22 @@ class TestTrain:
         assert command == "distill"
         assert (settings["student"], settings["teacher"], settings["distillation"]) == ("CKPT", "TEACHER", "kd.yaml")
         assert settings["data"].mock
+        assert (settings["resume"], settings["save_interval"], settings["eval_batches"]) == (False, 100, 8)
+
+    def test_own_flags_of_a_distillation(self, started):
+        flags = ["--teacher_path", "TEACHER", "--use_mock_data", "--save_interval", "0", "--report", "R.html", "--eval_batches", "3"]
+        assert gpt_train.main([*TRAIN, *flags]) == 0
+        [(_, settings)] = started
+        assert (settings["save_interval"], settings["report"], settings["eval_batches"]) == (0, "R.html", 3)
+
+    @pytest.mark.parametrize(("flags", "command", "source"), [([], "train", "checkpoint"), (["--teacher_path", "T"], "distill", "student")])
+    def test_an_interrupted_run_goes_on(self, started, capsys, tmp_path, flags, command, source):
+        left = tmp_path / "run" / "checkpoint-resume"
+        left.mkdir(parents=True)
+        assert gpt_train.main([*TRAIN, "--use_mock_data", "--log_dir", str(tmp_path), *flags]) == 0
+        [(started_command, settings)] = started
+        assert (started_command, settings["resume"], settings[source]) == (command, True, str(left))
+        assert f"going on from {left}" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("flags", "message"),
@@ -207,7 +223,8 @@ class TestTrain:
             ([], "Must provide either custom dataset(s) in --data_paths or set --use_mock_data."),
             (["--use_mock_data", "--use-chat-data"], "--use-chat-data is not supported"),
             (["--use_mock_data", "--chat-template-path", "x"], "--chat-template-path is not supported"),
-            (["--use_mock_data", "--kd_config", "x"], "without --teacher_path"),
+            (["--use_mock_data", "--kd_config", "x"], "--kd_config x without --teacher_path"),
+            (["--use_mock_data", "--report", "x"], "--report x without --teacher_path"),
             (["--use_mock_data", "--precision", "fp7"], "--precision 'fp7'"),
             (["--use_mock_data", "--cp_size", "2"], "world_size 1"),
             (["--use_mock_data", "--data_paths", "x"], "exclude each other"),
