@@ -122,9 +122,9 @@ class Feed:
         assert self.valid is not None, "the feed was opened without validation batches"
         return self._batches(self.valid, self.config.micro_batch_size)
 
-    def loss(self, chunks: list[Any]) -> float | None:
-        """Validation loss in nats a token; None where none is measured."""
-        return evaluate(chunks, self.valid_batches(), self.eval_batches) if self.eval_batches else None
+    def loss(self, chunks: list[Any], model: str = "the model") -> float | None:
+        """Validation loss in nats a token; None where none is measured. An error calls the chunks what `model` says."""
+        return evaluate(chunks, self.valid_batches(), self.eval_batches, model=model) if self.eval_batches else None
 
 
 def open_feed(config: DataConfig, tokenizer: str | Path, *, train_samples: int = 1, eval_batches: int, spare_batches: int = 0) -> Feed:

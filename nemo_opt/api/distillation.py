@@ -87,7 +87,7 @@ def distill(
         # A validation on the way costs a pass of the student; the last one is made below, with the teacher's and the first.
         on_the_way = training.limit_val_batches if 0 < training.val_check_interval < training.max_steps else 0
         feed = open_feed(data, tokenizer_dir, train_samples=samples, eval_batches=eval_batches, spare_batches=on_the_way)
-        teacher_loss, loss_before = feed.loss([teacher_model]), feed.loss(chunks)
+        teacher_loss, loss_before = feed.loss([teacher_model], "the teacher"), feed.loss(chunks, "the student")
         distilled = convert_to_distillation_model(chunks, teacher_model, distillation)
         written: dict[str, Any] = {"tokenizer_dir": tokenizer_dir, "overwrite": overwrite}
         trained = run_training(
@@ -105,7 +105,7 @@ def distill(
             on_end=(lambda run: run.save(output, extra=resumable.marks("distill"), **written)) if save_optimizer else None,
         )
         chunks = export_student(distilled)
-        loss_after = feed.loss(chunks)
+        loss_after = feed.loss(chunks, "the student")
         if not save_optimizer:
             position: dict[str, Any] = {"iteration": training.max_steps, "consumed_samples": samples}
             save_checkpoint(output, chunks, topology=job.topology, **written, **position)

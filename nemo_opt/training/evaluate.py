@@ -1,5 +1,6 @@
 """Validation loss: the mean over valid tokens in nats, the same on every rank."""
 
+import math
 from collections.abc import Iterable
 from itertools import chain
 from typing import Any
@@ -15,17 +16,19 @@ from nemo_opt.training.step import MegatronStep
 __all__ = ["evaluate", "evaluate_metrics"]
 
 
-def evaluate(chunks: Any, batches: Iterable[Batch], num_batches: int, *, loss_fn: LossFunction | None = None) -> float:
+def evaluate(
+    chunks: Any, batches: Iterable[Batch], num_batches: int, *, loss_fn: LossFunction | None = None, model: str = "the model"
+) -> float:
     """Mean loss (nats per valid token) over `num_batches` micro-batches of each data parallel rank. Collective.
 
     Raises:
-        DataError: There are fewer batches, or no valid token in them.
+        DataError: There are fewer batches, no valid token in them, or the loss is not finite; calls the model what `model` says.
 
     """
     metrics = evaluate_metrics(chunks, batches, num_batches, loss_fn=loss_fn)
     loss = metrics["loss"]
-    if loss != loss:
-        raise DataError(f"the validation loss of {num_batches} batches is NaN: they hold no valid token, or the weights are broken")
+    if not math.isfinite(loss):
+        raise DataError(f"the loss of {model} over {num_batches} validation batches is {loss}: they hold no valid token, or it is broken")
     return loss
 
 
