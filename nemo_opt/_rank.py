@@ -1,4 +1,4 @@
-"""One rank of a job: `python -m nemo_opt._rank JOB_DIRECTORY`, started by `nemo_opt.launch`, never by a person."""
+"""One rank of a job: `python -m nemo_opt._rank JOB_DIRECTORY`, started by `nemo_opt.launch` or forked for it, never by a person."""
 
 import ctypes
 import faulthandler
@@ -11,13 +11,14 @@ import threading
 import traceback
 import warnings
 from pathlib import Path
+from typing import NoReturn
 
 from tqdm import tqdm
 
 from nemo_opt import launch
 from nemo_opt.errors import NemoOptError
 
-__all__ = ["main"]
+__all__ = ["die_with_parent", "live", "main", "quiet_upstream"]
 
 _PR_SET_PDEATHSIG = 1
 
@@ -37,7 +38,7 @@ def main(job: Path) -> int:
     return 0
 
 
-def _quiet_upstream() -> None:
+def quiet_upstream() -> None:
     """Upstream's import-time notices (Apex is not installed, ...) bury what a command says; NEMO_OPT_WARNINGS=1 shows them."""
     if not os.environ.get("NEMO_OPT_WARNINGS"):
         warnings.filterwarnings("ignore", module=r"(megatron|modelopt|torch|transformers)\b")
@@ -45,19 +46,24 @@ def _quiet_upstream() -> None:
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found" on every machine without
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """A killed parent must not leave ranks behind."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-if __name__ == "__main__":
+def live(job: Path) -> NoReturn:
+    """The life of this process as a rank of `job`."""
     faulthandler.enable()
-    _die_with_parent()
-    _quiet_upstream()
+    die_with_parent()
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a rank that is killed leaves behind
-    code = main(Path(sys.argv[1]))
+    code = main(job)
     sys.stdout.flush()
     sys.stderr.flush()
     # Interpreter teardown with live process groups and their threads can hang after a failure; nothing is left to clean up.
     os._exit(code)
+
+
+if __name__ == "__main__":
+    quiet_upstream()
+    live(Path(sys.argv[1]))

@@ -5,6 +5,7 @@ Decisions:
   are started by torch's elastic agent (which needs torch, 3 s), a single rank is a plain child process: the parent loads nothing at all.
 - No port is chosen before use: the elastic rendezvous binds port 0 itself.
 - The first failing rank ends the job, and its own message is shown, not those of the ranks that lost their peer.
+- Where a fork server is named (`forked`), ranks are forked from it instead: the functional suite starts hundreds.
 - What crosses the process boundary is JSON (see `encode`), never pickle.
 - glibc reads its allocator settings when a process starts, which is one more reason why a single rank is a child.
 
@@ -28,8 +29,9 @@ from typing import Any, NoReturn
 
 import nemo_opt.errors
 from nemo_opt.errors import ConfigError, NemoOptError
+from nemo_opt.forked import run_forked
 
-__all__ = ["RankFailedError", "decode", "encode", "joined", "local_world_size", "rank", "run_ranks"]
+__all__ = ["RankFailedError", "decode", "encode", "joined", "local_world_size", "rank", "rank_environment", "run_ranks"]
 
 ALLOCATOR_ENV = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
 """Keeps freed pages: 77 % of a CPU loss over [512, 4, 32000] were page faults (3.07 s -> 0.68 s with these)."""
@@ -87,8 +89,11 @@ def run_ranks(target: str, kwargs: Mapping[str, Any], *, devices: int = 1) -> An
     with tempfile.TemporaryDirectory(prefix="nemo_opt_job_") as directory:
         job = Path(directory)
         (job / _JOB).write_text(json.dumps({"target": target, "kwargs": encode(dict(kwargs))}))
-        with _environment(_rank_environment(devices)):
-            if devices == 1:
+        with _environment(rank_environment(devices)):
+            exits = run_forked(job, devices)
+            if exits is not None:
+                _raise_any_failure(job, exits)
+            elif devices == 1:
                 _run_child(job)
             else:
                 _run_elastic(job, devices)
@@ -104,7 +109,7 @@ def resolve(target: str) -> Any:
 # ---------------------------------------------------------------------------------------------------------------- starting
 
 
-def _rank_environment(devices: int) -> dict[str, str]:
+def rank_environment(devices: int) -> dict[str, str]:
     """What ranks need in their environment from their first instruction; the user's own settings win."""
     wanted: dict[str, str] = {"TOKENIZERS_PARALLELISM": "false"}
     if devices > 1:
@@ -145,8 +150,7 @@ def _run_child(job: Path) -> None:
             child.kill()
             child.wait()
         raise
-    if code:
-        _raise_failure(job, {0: (code, time.time())})
+    _raise_any_failure(job, {0: (code, time.time())})
 
 
 def _run_elastic(job: Path, devices: int) -> None:
@@ -216,6 +220,11 @@ def write_failure(job: Path, error: BaseException, traceback_text: str) -> None:
         "traceback": traceback_text,
     }
     (job / f"error-{rank()}.json").write_text(json.dumps(record))
+
+
+def _raise_any_failure(job: Path, exits: Mapping[int, tuple[int, float]]) -> None:
+    if any(code for code, _ in exits.values()):
+        _raise_failure(job, {rank: (code, noticed) for rank, (code, noticed) in exits.items() if code})
 
 
 def _raise_failure(job: Path, exits: Mapping[int, tuple[int, float]]) -> NoReturn:

@@ -37,6 +37,7 @@ def run(
     folder: Annotated[Path, typer.Option("--folder", help="Where the scripts lie.")] = Path("tests/functional"),
     logs: Annotated[Path, typer.Option("--logs", help="Where to write one log for each script.")] = Path("results/suite"),
     json: Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start every rank from nothing: slower, and without the fork server.")] = False,
 ) -> None:
     """Run functional scripts, each with its time limit and one log; exits with 1 if one fails or none is selected.
 
@@ -44,7 +45,7 @@ def run(
     """
     from nemo_opt.testing import suite as module
 
-    raise typer.Exit(module.main(folder=folder, logs=logs, tier=tier, only=only or [], json_path=json))
+    raise typer.Exit(module.main(folder=folder, logs=logs, tier=tier, only=only or [], json_path=json, fresh=fresh))
 
 
 def quickstart(

@@ -2,7 +2,8 @@
 
 A script's header is a comment line of `key=value` words, such as `# tier=L2 ranks=2 timeout=600 device=any needs=fixtures owner=@x`.
 Decisions: nothing selected is a failure; a script whose device is absent, or whose fixtures cannot be made, is "not run", never passed, and
-is listed; fixtures are made once before the first script that needs them; the whole process group of a script is ended at its time limit.
+is listed; fixtures are made once before the first script that needs them; the whole process group of a script is ended at its time limit;
+ranks are forked from one process that has imported the stack (`fork_server`), unless fresh ones are asked for, or coverage is measured.
 """
 
 import json
@@ -12,13 +13,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from nemo_opt.errors import ConfigError, NemoOptError
+from nemo_opt.testing.fork_server import ForkServer
 
 __all__ = ["Outcome", "Script", "discover", "main", "run_script", "select"]
 
@@ -232,11 +234,28 @@ def _show(outcomes: Sequence[Outcome]) -> None:
     console.print(", ".join(f"{count} {status}" for status, count in counts.items()))
 
 
-def main(*, folder: Path, logs: Path, tier: str | None = None, only: Sequence[str] = (), json_path: Path | None = None) -> int:
+@contextmanager
+def _fork_server(logs: Path) -> Iterator[None]:
+    """For this process (which makes fixtures) and its scripts."""
+    with ForkServer(logs / "fork_server.log") as named:
+        os.environ.update(named)
+        try:
+            yield
+        finally:
+            for name in named:
+                del os.environ[name]
+
+
+def main(
+    *, folder: Path, logs: Path, tier: str | None = None, only: Sequence[str] = (), json_path: Path | None = None, fresh: bool = False
+) -> int:
     """Runs what is selected and prints a table; 0 only if at least one script passed and none failed or timed out."""
     scripts = select(discover(folder), tier, only)
     logs.mkdir(parents=True, exist_ok=True)
-    outcomes = _run_all(scripts, logs)
+    start = time.perf_counter()
+    with nullcontext() if fresh or os.environ.get("NEMO_OPT_COVERAGE") == "1" else _fork_server(logs):
+        outcomes = _run_all(scripts, logs)
+    print(f"{len(outcomes)} scripts in {time.perf_counter() - start:.0f} s")
     _show(outcomes)
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)

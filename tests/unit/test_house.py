@@ -24,7 +24,8 @@ ALLOWED = {
     "pages": set(),
     **dict.fromkeys({"quantize", "prune", "distill"}, FOUNDATION | TOOLS | {"pages"}),
     "api": FOUNDATION | TOOLS | {"quantize", "prune", "distill", "pages"},
-    "launch": FOUNDATION,
+    "forked": {"errors"},
+    "launch": FOUNDATION | {"forked"},
 }
 
 

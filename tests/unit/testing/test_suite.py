@@ -3,11 +3,13 @@
 import json
 import os
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from nemo_opt.errors import ConfigError
+from nemo_opt.forked import SOCKET_ENV
 from nemo_opt.testing import suite
 
 ROOT = Path(__file__).parents[3]
@@ -29,7 +31,7 @@ def write(folder, name, body, *, timeout=30, device="any", needs="none"):
 
 def run(folder, tmp_path, **options):
     report = tmp_path / "report.json"
-    code = suite.main(folder=folder, logs=tmp_path / "logs", json_path=report, **options)
+    code = suite.main(folder=folder, logs=tmp_path / "logs", json_path=report, **({"fresh": True} | options))
     return code, {s["name"]: s for s in json.loads(report.read_text())["scripts"]}
 
 
@@ -199,3 +201,22 @@ class TestLib:
         assert self.lib(tmp_path, f"refused 1 'is wrong' {fail}").returncode == 1
         assert self.lib(tmp_path, f"refused 2 'other words' {fail}").returncode == 1
         assert self.lib(tmp_path, "refused 0 '' true; refused 2 '' true").returncode == 1
+
+
+@pytest.mark.parametrize(("fresh", "coverage", "named"), [(False, "0", True), (True, "0", False), (False, "1", False)])
+def test_scripts_may_fork_their_ranks(folder, tmp_path, monkeypatch, fresh, coverage, named):
+    """Unless fresh ranks are asked for, or coverage is measured, which a fork would not be."""
+    asked = []
+
+    @contextmanager
+    def server(log):
+        asked.append(log)
+        yield {SOCKET_ENV: "here"}
+
+    monkeypatch.setattr(suite, "ForkServer", server)
+    monkeypatch.setenv("NEMO_OPT_COVERAGE", coverage)
+    monkeypatch.delenv(SOCKET_ENV, raising=False)
+    write(folder, "L2_A", f'test "${{{SOCKET_ENV}:-none}}" = {"here" if named else "none"}')
+    assert run(folder, tmp_path, fresh=fresh)[0] == 0
+    assert asked == ([tmp_path / "logs" / "fork_server.log"] if named else [])
+    assert SOCKET_ENV not in os.environ
