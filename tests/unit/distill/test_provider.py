@@ -1,5 +1,6 @@
 import json
 import pickle
+import shutil
 
 import nemo_opt._stack
 
@@ -307,6 +308,19 @@ def test_only_padding_is_aligned(padded, tmp_path):
             teacher_provider(None, path, tokenizer, vocab_size=TOKENS - 1)
         assert compared_vocabulary(teacher_provider(None, path, tokenizer, spec="local", vocab_size=TOKENS)) == TOKENS
         assert compared_vocabulary(teacher_provider(None, path, spec="local", vocab_size=SMALL)) == SMALL
+
+
+def test_a_teacher_of_other_words_is_refused(padded, tmp_path):
+    directories, tokenizer = padded
+    stranger = shutil.copytree(directories["hf", False, SMALL], tmp_path / "stranger")
+    settings = json.loads((tokenizer / "tokenizer.json").read_text())
+    words = settings["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    (stranger / "tokenizer.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="is not the student's"):
+        teacher_provider(None, stranger, tokenizer)
+    shutil.copy(tokenizer / "tokenizer.json", stranger)
+    teacher_provider(None, stranger, tokenizer)
 
 
 def test_top_k_is_among_the_shared_tokens(make, padded):
