@@ -5,11 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
 from nemo_opt.errors import CheckpointError, ConfigError
-from nemo_opt.models import safetensors_dir
 from nemo_opt.parallel import Topology, parallel
 from nemo_opt.quantize.config import ALGORITHMS
 from nemo_opt.quantize.export import export_quantized_hf, plan_export
@@ -199,7 +199,7 @@ def _fail_on_a_full_disk(name, folder):
 
     topology = initialize(Topology.from_name(name))
     chunks = small_quantized("int4", topology)
-    save_file, written = safetensors_dir.save_file, []
+    save_file, written = safetensors.torch.save_file, []
 
     def save_until_full(tensors, path, **options):
         if len(written) == 2:
@@ -207,13 +207,13 @@ def _fail_on_a_full_disk(name, folder):
         written.append(path)
         save_file(tensors, path, **options)
 
-    safetensors_dir.save_file = save_until_full
+    safetensors.torch.save_file = save_until_full
     try:
         export_quantized_hf(chunks, f"{folder}/out", max_file_bytes=20_000)
     except CheckpointError as error:
         return str(error)
     finally:
-        safetensors_dir.save_file = save_file
+        safetensors.torch.save_file = save_file
     return "no error"
 
 
