@@ -28,7 +28,7 @@ end_after_a_checkpoint() {
         kill -0 "$process"
         sleep 0.1
     done
-    kill -TERM "$process"
+    kill -TERM "$(<"/proc/$process/task/$process/children")" # what the shell of this function waits for
     ! wait "$process"
 }
 
