@@ -127,9 +127,10 @@ def distill(
 
 def _numbers(trained: TrainingResult, max_steps: int) -> dict[str, Any]:
     """The fields of `DistillResult` that the training knows."""
-    names, rows = ("kd_loss", "logits_loss", "intermediate_loss"), {"first": trained.history[0], "last": trained.history[-1]}
+    names = ("kd_loss", "logits_loss", "intermediate_loss", "lm_loss")
+    ends = {"first": trained.history[0], "last": trained.history[-1]}
     return {
-        **{f"{name}_{end}": row.get(name) for name in names for end, row in rows.items()},
+        **{f"{name}_{end}": row.get(name) for name in names for end, row in ends.items()},
         "steps": max_steps,
         "resumed_at": max_steps - trained.steps,
         "validation_losses": {str(step): loss for step, loss in trained.validation_losses.items()},

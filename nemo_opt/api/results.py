@@ -196,8 +196,12 @@ class DistillResult(Result):
     logits_loss_last: float | None = None
     """And in the last step."""
     intermediate_loss_first: float | None = None
-    """The part that compares hidden states, in the first step; 0 or None where none are compared."""
+    """The part that compares hidden states, in the first step; 0 where none are compared."""
     intermediate_loss_last: float | None = None
+    """And in the last step."""
+    lm_loss_first: float | None = None
+    """The language model's loss, in the first step; None where it does not count."""
+    lm_loss_last: float | None = None
     """And in the last step."""
     tokens_per_s: float
     """Training tokens a second over all ranks."""

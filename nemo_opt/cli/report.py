@@ -181,6 +181,7 @@ def _rows(result: Result) -> Iterable[tuple[str, str]]:
             for name, first, last in (
                 ("logits", result.logits_loss_first, result.logits_loss_last),
                 ("hidden states", result.intermediate_loss_first, result.intermediate_loss_last),
+                ("labels", result.lm_loss_first, result.lm_loss_last),
             ):
                 if first or last:
                     yield f"of {name}", _arrow(format_loss(first), format_loss(last))

@@ -70,6 +70,7 @@ def everything(root):
         data=data,
         training=training(8),
         topology=DP2,
+        save_interval=1,
         save_optimizer=False,
     )
     r["eval"] = api.evaluate(path=path["teacher"], data=data, topology=TP2, eval_batches=EVAL_BATCHES)
@@ -208,6 +209,8 @@ def test_resume(results, root):
     assert not read_info(results["resumed"]).has_optimizer
     assert results["resumed"].loss_after < results["teacher"].loss_after
     assert (root / "metrics.jsonl").read_text().count("grad_norm") == 6
+    assert (results["teacher"].resumable, results["resumed"].resumable) == (results["teacher"].path, None)
+    assert not (root / "resumed-resume").exists()
 
 
 def test_parameters_are_those_of_the_sizes(results):
@@ -330,6 +333,10 @@ def test_distill(results):
     assert distilled.kd_loss_last < distilled.kd_loss_first
     assert distilled.loss_after < distilled.loss_before
     assert distilled.parameters == results["pruned"].parameters, "the teacher is not in the checkpoint"
+    assert list(distilled.validation_losses) == ["3", "6"]
+    assert distilled.validation_losses["6"] == pytest.approx(distilled.loss_after, abs=1e-6)
+    assert 0 < distilled.logits_loss_last < distilled.logits_loss_first < distilled.kd_loss_first
+    assert 0 < distilled.intermediate_loss_last < distilled.intermediate_loss_first
 
 
 def test_export_and_import(results):

@@ -179,11 +179,13 @@ def test_so_does_one_over_stages_which_clears_up(ranks, root, student):
     name = f"{student} TP1PP2"
     straight, *_ = ranks(2).run(distil, root, "TP1PP2", student, f"{name} straight")
     ranks(2).run(distil, root, "TP1PP2", student, name, interrupt_at=3)
-    first, second = ranks(2).run(distil, root, "TP1PP2", root / f"{name}-resume", name, resume=True)
+    page = root / f"{name}.html"
+    first, second = ranks(2).run(distil, root, "TP1PP2", root / f"{name}-resume", name, resume=True, report=str(page))
     assert first.metrics == straight.metrics, "lines of steps that were done again are there once"
     assert [line["step"] for line in first.metrics if "kd_loss" in line] == [1, 2, 3, 4, 5]
     assert weights(root / name) == weights(root / f"{name} straight")
     assert sorted(path.name for path in root.iterdir() if "TP1PP2-resume" in path.name) == []
+    assert page.read_text().count("<svg") == 3
     assert first.result["peak_memory_bytes"] == second.result["peak_memory_bytes"] > 0
 
 

@@ -302,8 +302,10 @@ def test_distillation_is_shown_by_its_parts(capsys):
     for text in ("of logits", "0.4000 -> 0.1500", "5 (2 of them before), 1 tokens/s", "1.23 GB at most on a rank", "can be resumed"):
         assert text in shown
     assert "hidden states" not in shown
-    report.show(replace(measured, intermediate_loss_first=0.25, intermediate_loss_last=0.0))
-    assert "0.2500 -> 0.0000" in capsys.readouterr().out
+    report.show(replace(measured, intermediate_loss_first=0.25, intermediate_loss_last=0.0, lm_loss_first=6.0, lm_loss_last=5.5))
+    shown = capsys.readouterr().out
+    assert "0.2500 -> 0.0000" in shown
+    assert "6.0000 -> 5.5000" in shown
     report.show(RESULTS["distill"])
     shown = capsys.readouterr().out
     assert not [text for text in ("of logits", "before", "memory", "resumed") if text in shown]
