@@ -5,6 +5,7 @@ The student is narrower than the teacher, so that a projection between their hid
 
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 from unittest.mock import patch
 
 import pytest
@@ -33,7 +34,7 @@ TRAINING = TrainingConfig(
     limit_val_batches=1,
 )  # fmt: skip
 TOL_REL = 1e-5
-"""float32 sums in another order, through Adam"""
+"""float32 sums in another order, through Adam; the largest seen is 3.6e-6, of a loss on logits of 0.006"""
 SPEEDS = ("tokens_per_s", "step_time_s")
 
 
@@ -204,6 +205,47 @@ def test_an_output_with_its_optimizer_is_trained_for_more_steps(ranks, root, str
     assert three.metrics[:3] + five.metrics == straight["student"].metrics
     assert weights(root / "five") == weights(root / "student straight")
     assert five.result["resumable"] is None
+
+
+def halves(root, name, *, resume=False, save=False, **changes):
+    """Losses and weights of a run in bfloat16, whose optimizer has a float32 copy of all that it trains."""
+    import torch
+
+    from nemo_opt.data.batches import batches
+    from nemo_opt.distill.convert import convert_to_distillation_model
+    from nemo_opt.distill.losses import distillation_loss_fn
+    from nemo_opt.models.build import build_model
+    from nemo_opt.parallel import parallel
+    from nemo_opt.testing.parity import TokenSamples
+    from nemo_opt.training.loop import train
+
+    with parallel(Topology()) as topology:
+        build = partial(build_model, topology=topology, spec="te", dtype=torch.bfloat16)
+        student, teacher = build(STUDENT, seed=3 if resume else 2), build(TEACHER, seed=1)
+        chunks = convert_to_distillation_model(student, teacher[0], DistillationConfig(intermediate_layer_pairs=PAIRS))
+        samples = TokenSamples(64, TRAINING.seq_length, STUDENT.vocab_size, seed=3)
+        trained = train(
+            chunks,
+            config=replace(TRAINING, limit_val_batches=0, **changes),
+            topology=topology,
+            train_batches=lambda start: batches(samples, micro_batch_size=2, dp_rank=0, dp_size=1, start_sample=start),
+            loss_fn=distillation_loss_fn,
+            resume=root / name if resume else None,
+            on_end=(lambda run: run.save(root / name)) if save else None,
+        )
+        rows = [{k: v for k, v in row.items() if k not in SPEEDS} for row in trained.history]
+        return rows, {key: tensor.float() for key, tensor in chunks[0].named_parameters() if "_teacher_model" not in key}
+
+
+def test_so_does_one_in_half_precision(ranks, root):
+    import torch
+
+    [(rows, expected)] = ranks(1).run(halves, root, "half")
+    [(first, _)] = ranks(1).run(halves, root, "half", save=True, max_steps=2)
+    [(rest, weights)] = ranks(1).run(halves, root, "half", resume=True)
+    assert first + rest == rows
+    assert any("_loss_modules" in key for key in weights)
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
 
 
 def _mismatch(root, layout, *arguments, **settings):
