@@ -1,9 +1,10 @@
 """Assertions on the numbers in a JSON result: `python -m nemo_opt.testing.check RESULT.json 'loss_after < loss_before + 0.05' ...`.
 
 For shell scripts, which must assert numbers and not an exit code. An expression sees the result's entries as names, entries of nested
-objects by dots (`model_after.hidden_size`), and with `--with NAME=FILE` other results under a name. Allowed are numbers, strings, None,
-lists, comparisons, arithmetic, and/or/not, and abs, len, max, min, round; everything else is refused, and so is a comparison with NaN,
-which would be silently false or, negated, silently true. Exit codes: 0 all hold, 1 one does not, 2 an expression or a file is wrong.
+objects by dots (`model_after.hidden_size`), and with `--with NAME=FILE` other results under a name. A JUnit XML file is a result too: its
+entries are tests, passed, failed, errors and skipped. Allowed are numbers, strings, None, lists, comparisons, arithmetic, and/or/not, and
+abs, len, max, min, round; everything else is refused, and so is a comparison with NaN, which would be silently false or, negated, silently
+true. Exit codes: 0 all hold, 1 one does not, 2 an expression or a file is wrong. Each verdict is recorded (`nemo_opt.testing.assertions`).
 """
 
 import argparse
@@ -12,11 +13,13 @@ import json
 import math
 import operator
 import sys
+import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from nemo_opt.errors import ConfigError
+from nemo_opt.testing.assertions import record
 
 __all__ = ["evaluate", "main"]
 
@@ -37,6 +40,7 @@ _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Is: operator.is_,
     ast.IsNot: operator.is_not,
 }
+_JUNIT = {"failed": "failure", "errors": "error", "skipped": "skipped"}
 _FUNCTIONS: dict[str, Callable[..., Any]] = {"abs": abs, "len": len, "max": max, "min": min, "round": round}
 
 
@@ -102,25 +106,40 @@ def _look_up(name: str, container: Any, owner: str) -> Any:
     return container[name]
 
 
-def _explain(expression: str, names: dict[str, Any]) -> str:
-    """The values that the names in `expression` stand for."""
-    found = []
+def _values(expression: str, names: dict[str, Any]) -> dict[str, Any]:
+    """What the names in `expression` stand for, in their order."""
+    found = {}
     for node in ast.walk(ast.parse(expression.strip(), mode="eval")):
         if isinstance(node, ast.Name | ast.Attribute) and ast.unparse(node) not in _FUNCTIONS:
             value = _value(node, names)
             if not isinstance(value, dict):
-                found.append(f"{ast.unparse(node)} = {value!r}")
-    return ", ".join(dict.fromkeys(found))
+                found[ast.unparse(node)] = value
+    return found
 
 
 def _read(path: str) -> dict[str, Any]:
     try:
-        values = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+        values = _read_junit(path) if path.endswith(".xml") else json.loads(Path(path).read_text())
+    except (OSError, ValueError, ET.ParseError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, expected an object")
     return values
+
+
+def _read_junit(path: str) -> dict[str, int]:
+    """Counts of the tests of a JUnit XML file."""
+    cases = [{element.tag for element in case} for case in ET.parse(path).iter("testcase")]  # noqa: S314 - pytest has just written it
+    counts = {name: sum(tag in case for case in cases) for name, tag in _JUNIT.items()}
+    return {"tests": len(cases), "passed": sum(case.isdisjoint(_JUNIT.values()) for case in cases)} | counts
+
+
+def _read_all(result: str, others: list[str]) -> dict[str, Any]:
+    names = _read(result)
+    for other in others:
+        name, _, path = other.partition("=")
+        names[name] = _read(path)
+    return names
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -130,20 +149,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("expressions", nargs="+", help="Expressions that must be true")
     parser.add_argument("--with", dest="others", action="append", default=[], metavar="NAME=FILE", help="Another result, by a name")
     options = parser.parse_intermixed_args(arguments)
-    failed = 0
+    source = Path(options.result).stem
     try:
-        names = _read(options.result)
-        for other in options.others:
-            name, _, path = other.partition("=")
-            names[name] = _read(path)
-        for expression in options.expressions:
-            holds = evaluate(expression, names) is True
-            failed += not holds
-            print(f"{'ok  ' if holds else 'FAIL'} {expression}   ({_explain(expression, names)})")
+        names = _read_all(options.result, options.others)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _refuse("the results can be read", error, source)
+    failed = 0
+    for expression in options.expressions:
+        try:
+            holds, values = evaluate(expression, names) is True, _values(expression, names)
+        except ConfigError as error:
+            return _refuse(expression, error, source)
+        failed += not holds
+        record("check", expression, holds, values, source=source)
+        print(f"{'ok  ' if holds else 'FAIL'} {expression}   ({', '.join(f'{name} = {value!r}' for name, value in values.items())})")
     return 1 if failed else 0
+
+
+def _refuse(what: str, error: ConfigError, source: str) -> int:
+    record("check", what, False, {"error": str(error)}, source=source)
+    print(f"error: {error}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

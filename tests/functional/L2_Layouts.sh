@@ -5,5 +5,5 @@
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 export OMP_NUM_THREADS=1
-# A run that selects nothing ends with exit code 5.
-step "tests marked wide" 840 py -m pytest tests/unit -m wide -q
+step "tests marked wide" 840 py -m pytest tests/unit -m wide -q --junitxml "$OUT/wide.xml"
+check "$OUT/wide.xml" 'passed > 100' 'failed + errors + skipped == 0'

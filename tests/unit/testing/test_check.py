@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_opt.errors import ConfigError
+from nemo_opt.testing.assertions import read
 from nemo_opt.testing.check import evaluate, main
 
 NAMES = {
@@ -111,3 +112,38 @@ def test_bad_files(tmp_path, content, capsys):
     assert main([str(path), "1 == 1"]) == 2
     assert main([str(tmp_path / "missing.json"), "1 == 1"]) == 2
     assert "error" in capsys.readouterr().err
+
+
+JUNIT = """<testsuites><testsuite><testcase name="a"/><testcase name="b"><properties/></testcase><testcase name="c"><failure/></testcase>
+<testcase name="d"><error/></testcase><testcase name="e"><skipped/></testcase></testsuite></testsuites>"""
+
+
+def test_tests_of_a_junit_file_are_counted(tmp_path):
+    path = tmp_path / "tests.xml"
+    path.write_text(JUNIT)
+    assert main([str(path), "tests == 5", "passed == 2", "failed == 1", "errors == 1", "skipped == 1"]) == 0
+    assert main([str(path), "failed + errors + skipped == 0"]) == 1
+    path.write_text(JUNIT[:-20])
+    assert main([str(path), "passed == 2"]) == 2
+
+
+class TestRecord:
+    """What the suite's runner learns."""
+
+    @pytest.fixture
+    def recorded(self, tmp_path, monkeypatch):
+        place = tmp_path / "assertions.jsonl"
+        monkeypatch.setenv("NEMO_OPT_ASSERTIONS", str(place))
+        return lambda: [(a.what, a.holds, a.values) for a in read(place)]
+
+    def test_each_verdict_with_its_numbers(self, result, recorded):
+        assert main([str(result), "loss == 5", "model.hidden < 10"]) == 1
+        assert recorded() == [("loss == 5", True, {"loss": 5.0}), ("model.hidden < 10", False, {"model.hidden": 64})]
+
+    def test_what_cannot_be_judged_does_not_hold(self, result, recorded, tmp_path):
+        assert main([str(result), "loss == 5", "missing == 1", "loss > 0"]) == 2
+        assert main([str(tmp_path / "missing.json"), "loss == 5"]) == 2
+        (_, good, _), (first, missing, values), (second, unread, _) = recorded()
+        assert (good, missing, unread) == (True, False, False)
+        assert (first, second) == ("missing == 1", "the results can be read")
+        assert "has no entry 'missing'" in values["error"]
