@@ -23,15 +23,13 @@ from megatron.core.utils import get_model_config
 from modelopt.torch.distill.plugins import megatron as plugin
 from modelopt.torch.opt.conversion import ModeloptStateManager
 
+from nemo_opt.checkpoint.state import LOSS_MODULES_KEY
 from nemo_opt.distill.config import DistillationConfig
 from nemo_opt.distill.relay import Relay, attach_relay
 from nemo_opt.errors import ConfigError
 
-__all__ = ["LOSS_MODULES_KEY", "adjust_distillation_model_for_mcore", "distillation_model", "get_tensor_shapes_adjust_fn_for_distillation",
+__all__ = ["adjust_distillation_model_for_mcore", "distillation_model", "get_tensor_shapes_adjust_fn_for_distillation",
            "remove_adjustments", "teacher_runs"]  # fmt: skip
-
-LOSS_MODULES_KEY = "distillation_loss_modules"
-"""Set to true in the metadata of `sharded_state_dict` to include projections, as the optimizer state of a resumable run needs."""
 
 Shapes = list[tuple[int, ...]]
 

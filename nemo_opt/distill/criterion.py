@@ -47,7 +47,8 @@ class LossBalancer(mtd.DistillationLossBalancer):
             loss_dict: by class of the loss as ModelOpt names it, and the language model's under ModelOpt's student key.
 
         Returns:
-            `kd_loss` (the total to minimise), `logits_loss` and `intermediate_loss` (mean of the pairs, not scaled).
+            `kd_loss` (the total to minimise), `logits_loss`, `intermediate_loss` (mean of the pairs, not scaled) and, where it counts,
+            `lm_loss`.
 
         """
         losses = dict(loss_dict)
@@ -55,9 +56,11 @@ class LossBalancer(mtd.DistillationLossBalancer):
         logits = sum_of([losses.pop(name) for name in list(losses) if "Logits" in name])
         hidden = sum_of(list(losses.values())) / max(len(losses), 1)
         total = logits + hidden * _ratio(logits, hidden) if losses else logits
+        parts = {"logits_loss": logits, "intermediate_loss": torch.as_tensor(hidden, device=logits.device)}
         if not self.skip_lm_loss and lm_loss is not None:
+            parts["lm_loss"] = lm_loss
             total = lm_loss + total * _ratio(lm_loss, total) * self.kd_loss_scale
-        return {"kd_loss": total, "logits_loss": logits, "intermediate_loss": torch.as_tensor(hidden, device=logits.device)}
+        return {"kd_loss": total, **parts}
 
 
 class LogitsDivergence(plugin.BaseLoss):  # type: ignore[misc]

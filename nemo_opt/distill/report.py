@@ -177,7 +177,7 @@ def _validation(result: Mapping[str, Any], history: Iterable[Mapping[str, Any]])
     """The student's validation losses, those before the first and after the last step included."""
     lines = [{"step": int(step), "loss": loss} for step, loss in (result.get("validation_losses") or {}).items()]
     lines += [{"step": line["step"], "loss": line["validation_loss"]} for line in history if "validation_loss" in line and "step" in line]
-    ends = {0: result.get("loss_before"), result.get("steps"): result.get("loss_after")}
+    ends = {result.get("resumed_at") or 0: result.get("loss_before"), result.get("steps"): result.get("loss_after")}
     lines += [{"step": step, "loss": loss} for step, loss in ends.items() if step is not None]
     return series_of(lines, "loss")
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
+from nemo_opt.checkpoint.state import LOSS_MODULES_KEY
 from nemo_opt.distill.adjust import (
-    LOSS_MODULES_KEY,
     adjust_distillation_model_for_mcore,
     distillation_model,
     get_tensor_shapes_adjust_fn_for_distillation,

@@ -46,12 +46,15 @@ def test_lm_loss_weighs_as_kd_loss_scale_says():
     logits, lm = scalar(3), scalar(6)
     out = balance(logits, lm=lm, skip_lm_loss=False, kd_loss_scale=0.5)
     assert out["kd_loss"].item() == pytest.approx(6 + 6 * 0.5)
+    assert out["lm_loss"] is lm
     out["kd_loss"].backward()
     assert (float(logits.grad), float(lm.grad)) == pytest.approx((6 / 3 * 0.5, 1))
 
 
 def test_skipped_lm_loss_leaves_no_trace():
-    assert balance(scalar(3), lm=scalar(5), skip_lm_loss=True)["kd_loss"].item() == 3
+    out = balance(scalar(3), lm=scalar(5), skip_lm_loss=True)
+    assert out["kd_loss"].item() == 3
+    assert "lm_loss" not in out
 
 
 losses = st.floats(-(2.0**-20), 1024, width=32)

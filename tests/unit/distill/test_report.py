@@ -148,6 +148,8 @@ def test_validation_is_drawn_from_before_the_first_step_with_the_teacher_beside_
     assert points(student) == [(0, 5.5), (2, 5.25), (3, 5.2), (4, 5.125)]
     assert set(teacher.get_ydata()) == {5.0}
     assert [text.get_text() for text in plot.texts] == ["5.5000", "5.1250", "teacher 5.0000"]
+    (plot,) = drawn(RESULT | {"resumed_at": 1}, HISTORY).axes["Validation loss of the student"]
+    assert points(plot.lines[0]) == [(1, 5.5), (2, 5.25), (3, 5.2), (4, 5.125)], "a resumed run was measured where it went on"
     (plot,) = drawn(RESULT | {"teacher_loss": None}, []).axes["Validation loss of the student"]
     assert [points(line) for line in plot.lines] == [[(0, 5.5), (2, 5.25), (4, 5.125)]]
 
