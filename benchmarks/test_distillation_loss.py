@@ -5,7 +5,6 @@ The CPU's allocator keeps freed pages while time is taken (benchmarks/conftest.p
 process's resident memory. Asserted is that both compute the same; ratios are recorded beside their goals.
 """
 
-import ctypes
 import statistics
 import time
 from types import SimpleNamespace
@@ -18,7 +17,6 @@ TIME_GOALS = {("TP1", 32000): 0.75, ("TP2", 32000): 0.55, ("TP1", 8192): 1.0, ("
 """Of ModelOpt's time. A hand-written loss without any library reached 0.67 to 0.9 on one rank and 0.45 to 0.53 on two."""
 MEMORY_GOALS = {"fresh": 1.05, "overwriting": 0.1}
 """Of one input's bytes, beside the inputs."""
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
 def compare(vocabulary, dtype_name):
@@ -59,14 +57,6 @@ def compare(vocabulary, dtype_name):
         return {name: times[1:] for name, times in times_s.items()}, extra, student.numel() * student.element_size()
 
 
-def _return_freed_pages():
-    """From now on, as glibc does where nothing is set."""
-    libc = ctypes.CDLL(None)
-    for option in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
-        libc.mallopt(option, 2**17)
-    libc.malloc_trim(0)
-
-
 def _time_s(loss):
     import torch.distributed as dist
 
@@ -86,14 +76,10 @@ def _result(student, loss):
 
 def _extra_bytes(student, loss):
     """Memory beside the inputs at its highest; the student's gradient counts."""
-    import torch
+    from nemo_opt.testing.memory import extra_bytes
 
     student.grad = None
-    _return_freed_pages()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    loss().backward()
-    return torch.cuda.max_memory_allocated() - before
+    return extra_bytes(lambda: loss().backward())
 
 
 @pytest.mark.parametrize("ranks_count", [1, 2], ids=["TP1", "TP2"])
