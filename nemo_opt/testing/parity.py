@@ -1,16 +1,18 @@
 """The parity oracle: a run on any layout must agree with the run of the whole model on one rank, tensor by tensor.
 
-A run is reduced to a `Measurement` a rank: named numbers, and pieces of named tensors with their place in the whole one. `compare` holds
-every piece of every rank, replicas included, against the reference. Decisions:
+`require_parity(ranks, case)` is all that a test needs; the cases of quantisation, pruning and distillation are in `parity_cases`. A run is
+reduced to a `Measurement` a rank: named numbers, and pieces of named tensors with their place in the whole one. `compare` holds every
+piece of every rank, replicas included, against the reference. Decisions:
 - A difference is measured against the largest entry of the whole reference tensor: entries far below it carry rounding noise only.
 - A comparison that could not have failed is an error: an empty reference, a tensor that is all zero, pieces that leave a part unchecked.
 - NaN differs from everything, itself included.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import nemo_opt._stack
 
@@ -22,18 +24,21 @@ from nemo_opt.parallel import Topology
 
 if TYPE_CHECKING:
     from nemo_opt.data.batches import Batch
+    from nemo_opt.models.shards import Shard
     from nemo_opt.testing.ranks import RankPools
 
 __all__ = [
     "TINY",
     "TINY_MOE",
+    "Case",
     "Measurement",
     "ParityError",
     "Piece",
     "TokenSamples",
     "TrainingCase",
     "compare",
-    "measure_step",
+    "measure",
+    "pieces_of",
     "require_parity",
 ]
 
@@ -169,13 +174,37 @@ def _require_covered(wholes: dict[str, torch.Tensor], pieces: Iterable[Piece], n
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingCase:
-    """One forward and backward pass of a global batch: what to run, and on which layout."""
+class Case(ABC):
+    """A run that can be measured on any layout. It travels to the ranks: plain values only."""
 
     layout: str = "TP1PP1"
     """Name of the topology."""
     spec: Literal["te", "local"] = "local"
     """Layer spec."""
+
+    @property
+    def topology(self) -> Topology:
+        """The layout, parsed."""
+        return Topology.from_name(self.layout)
+
+    @property
+    def tol_rel(self) -> float:
+        """What a layout may differ by, relative to the largest entry of a tensor."""
+        return TOL_REL
+
+    def at(self, layout: str, **changes: Any) -> Self:
+        """The same on another layout."""
+        return replace(self, layout=layout, **changes)
+
+    @abstractmethod
+    def measure(self) -> Measurement:
+        """What this rank sees of the run; called on every rank of the layout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingCase(Case):
+    """One forward and backward pass of a global batch: its loss, and the gradient of every parameter."""
+
     model: ModelConfig = TINY
     """Sizes."""
     seq_length: int = 16
@@ -189,10 +218,23 @@ class TrainingCase:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Fields of Megatron-Core's TransformerConfig."""
 
-    @property
-    def topology(self) -> Topology:
-        """The layout, parsed."""
-        return Topology.from_name(self.layout)
+    def measure(self) -> Measurement:
+        """Loss and the gradient of every parameter of one pass."""
+        from nemo_opt.models.build import build_model
+        from nemo_opt.training.optimizer import wrap, zero_gradients
+        from nemo_opt.training.step import MegatronStep
+
+        with parallel.parallel(self.topology, model=self.model) as topology:
+            chunks = wrap(build_model(self.model, topology, spec=self.spec, seed=self.seed, **self.overrides))
+            zero_gradients(chunks)
+            step = MegatronStep(
+                model=chunks,
+                data_iterator=iter(case_batches(self, topology)),
+                seq_length=self.seq_length,
+                micro_batch_size=self.micro_batch_size,
+                num_microbatches=self.global_batch_size // (self.micro_batch_size * (topology.dp or 1)),
+            )
+            return Measurement(numbers=step(), pieces=gradient_pieces(chunks))
 
 
 class TokenSamples:
@@ -213,25 +255,6 @@ class TokenSamples:
         return {"tokens": tokens[:-1], "labels": tokens[1:], "loss_mask": self._loss_mask[index], "position_ids": positions}
 
 
-def measure_step(case: TrainingCase) -> Measurement:
-    """Loss and the gradient of every parameter of one pass; called on every rank of the case's layout."""
-    from nemo_opt.models.build import build_model
-    from nemo_opt.training.optimizer import wrap, zero_gradients
-    from nemo_opt.training.step import MegatronStep
-
-    with parallel.parallel(case.topology, model=case.model) as topology:
-        chunks = wrap(build_model(case.model, topology, spec=case.spec, seed=case.seed, **case.overrides))
-        zero_gradients(chunks)
-        step = MegatronStep(
-            model=chunks,
-            data_iterator=iter(case_batches(case, topology)),
-            seq_length=case.seq_length,
-            micro_batch_size=case.micro_batch_size,
-            num_microbatches=case.global_batch_size // (case.micro_batch_size * (topology.dp or 1)),
-        )
-        return Measurement(numbers=step(), pieces=gradient_pieces(chunks))
-
-
 def case_batches(case: TrainingCase, topology: Topology) -> "list[Batch]":
     """The micro-batches of this rank."""
     from megatron.core import parallel_state
@@ -247,13 +270,18 @@ def gradient_pieces(chunks: Sequence[Any]) -> list[Piece]:
     """Copies of this rank's gradients."""
     from nemo_opt.models.shards import parameter_shards
 
+    return pieces_of(parameter_shards(chunks, of="grad"))
+
+
+def pieces_of(shards: "Iterable[Shard]") -> list[Piece]:
+    """Copies of what this rank holds."""
     return [
         Piece(key=shard.key, global_shape=shard.global_shape, offset=shard.offset, tensor=shard.tensor.detach().cpu().clone())
-        for shard in parameter_shards(chunks, of="grad")
+        for shard in shards
     ]
 
 
-def require_parity(ranks: "RankPools", case: TrainingCase, *, reference: Measurement | None = None, tol_rel: float = TOL_REL) -> float:
+def require_parity(ranks: "RankPools", case: Case, *, reference: Measurement | None = None) -> float:
     """Run `case` on its layout and hold it against `reference`, or against the same case on one rank.
 
     Returns:
@@ -264,6 +292,11 @@ def require_parity(ranks: "RankPools", case: TrainingCase, *, reference: Measure
 
     """
     if reference is None:
-        [reference] = ranks(1).run(measure_step, replace(case, layout="TP1PP1"))
-    measurements = ranks(case.topology.world_size).run(measure_step, case)
-    return compare(reference, measurements, tol_rel=tol_rel, name=f"{case.layout} ({case.spec})")
+        [reference] = ranks(1).run(measure, case.at("TP1PP1"))
+    measurements = ranks(case.topology.world_size).run(measure, case)
+    return compare(reference, measurements, tol_rel=case.tol_rel, name=f"{type(case).__name__} {case.layout} ({case.spec})")
+
+
+def measure(case: Case) -> Measurement:
+    """`case.measure()`, as a function that ranks find by its name."""
+    return case.measure()

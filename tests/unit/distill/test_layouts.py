@@ -1,6 +1,6 @@
 """A small student beside a wider and deeper teacher: every layout must equal the run on one rank."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import nemo_opt._stack
 
@@ -15,20 +15,27 @@ from nemo_opt.checkpoint.info import read_info
 from nemo_opt.checkpoint.load import restore_model
 from nemo_opt.checkpoint.save import save_checkpoint
 from nemo_opt.distill.config import DistillationConfig
-from nemo_opt.distill.convert import convert_to_distillation_model, export_student
+from nemo_opt.distill.convert import export_student
 from nemo_opt.distill.losses import distillation_loss_fn
 from nemo_opt.errors import ConfigError
 from nemo_opt.models.build import build_model, transformer_config
 from nemo_opt.models.shards import parameter_shards
-from nemo_opt.testing.parity import TINY_MOE, Measurement, Piece, TrainingCase, case_batches, compare, gradient_pieces
-from nemo_opt.training.config import TrainingConfig
+from nemo_opt.testing.parity import (
+    TINY_MOE,
+    Measurement,
+    case_batches,
+    compare,
+    gradient_pieces,
+    measure,
+    pieces_of,
+    require_parity,
+)
+from nemo_opt.testing.parity_cases import DistillationCase, distillation_model, projection_pieces
 from nemo_opt.training.evaluate import evaluate
-from nemo_opt.training.loop import TrainingRun
 from nemo_opt.training.optimizer import wrap, zero_gradients
 from nemo_opt.training.step import MegatronStep
 
-STUDENT = TrainingCase().model.with_(num_layers=4, hidden_size=32, ffn_hidden_size=48)
-TEACHER = STUDENT.with_(num_layers=8, hidden_size=48, ffn_hidden_size=64)
+STUDENT = DistillationCase().model
 PAIRS = (("decoder.final_layernorm", "decoder.final_layernorm"),)
 ANYWHERE = (
     *PAIRS,
@@ -37,33 +44,7 @@ ANYWHERE = (
     ("decoder.layers.3.mlp", "decoder.layers.2.self_attention", "mse"),  # the other way
     ("decoder.layers.3.mlp", "decoder.layers.7.mlp"),  # a layer that is in two pairs
 )
-SETTINGS = DistillationConfig(intermediate_layer_pairs=PAIRS)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Distillation(TrainingCase):
-    """A `TrainingCase` with a teacher."""
-
-    micro_batch_size: int = 2
-    global_batch_size: int = 8
-    model: object = STUDENT
-    teacher: object = TEACHER
-    settings: DistillationConfig = SETTINGS
-    teacher_seed: int = 11
-    first_stage_layers: int | None = None
-
-    @property
-    def topology(self):
-        return replace(super().topology, first_stage_layers=self.first_stage_layers)
-
-    def at(self, layout, **changes):
-        return replace(self, layout=layout, **changes)
-
-
-def convert(case, topology):
-    student = build_model(case.model, topology, spec=case.spec, seed=case.seed)
-    teacher = build_model(case.teacher, topology, spec=case.spec, seed=case.teacher_seed)
-    return convert_to_distillation_model(student, teacher, case.settings)
+SETTINGS = DistillationCase().settings
 
 
 def step_of(case, chunks, topology, *, forward_only=False):
@@ -76,29 +57,6 @@ def step_of(case, chunks, topology, *, forward_only=False):
         num_microbatches=case.global_batch_size // (case.micro_batch_size * (topology.dp or 1)),
         forward_only=forward_only,
     )
-
-
-def measure(case, steps=1):
-    """Losses of each step, and of the first one the gradients of the student and, where there is one, the projection."""
-    with parallel.parallel(case.topology, model=case.teacher) as topology:
-        # The norm of the gradient is compared, so it is not clipped.
-        sizes = {"seq_length": case.seq_length, "micro_batch_size": case.micro_batch_size, "global_batch_size": case.global_batch_size}
-        config = TrainingConfig(max_steps=steps, clip_grad=0.0, **sizes)
-        run = TrainingRun(chunks=convert(case, topology), config=config, topology=topology, loss_fn=distillation_loss_fn)
-        numbers, pieces = {}, []
-        for step in range(steps):
-            metrics = run.step(iter(case_batches(case, topology)))
-            numbers |= {f"{name} of step {step + 1}": value for name, value in metrics.items()}
-            pieces = pieces or [*gradient_pieces(run.chunks), *projection_pieces(run.chunks)]
-        return Measurement(numbers=numbers, pieces=pieces)
-
-
-def projection_pieces(chunks):
-    return [
-        Piece(key=name, global_shape=tuple(parameter.shape), offset=(0,) * parameter.dim(), tensor=parameter.main_grad.clone())
-        for name, parameter in chunks[0].named_parameters()
-        if "_loss_modules" in name
-    ]
 
 
 def largest_gradient(measurement):
@@ -138,7 +96,7 @@ def validation_losses(case):
     with parallel.parallel(case.topology, model=case.teacher) as topology:
         batches = case_batches(case, topology)
         alone = evaluate(build_model(case.model, topology, spec=case.spec, seed=case.seed), batches, len(batches))
-        chunks = convert(case, topology)
+        chunks = distillation_model(case, topology)
         chunks[0].teacher_model.forward = lambda *args, **kwargs: pytest.fail("the teacher ran")
         evaluated = evaluate(chunks, batches, len(batches))
         assert chunks[0].training
@@ -152,7 +110,7 @@ def train_evaluate_train(case):
     """Losses and gradients of a training pass, and of the same one after an evaluation."""
     with parallel.parallel(case.topology, model=case.teacher) as topology:
         batches = case_batches(case, topology)
-        chunks = wrap(convert(case, topology))
+        chunks = wrap(distillation_model(case, topology))
         passes = []
         for _ in range(2):
             zero_gradients(chunks)
@@ -165,7 +123,7 @@ def train_evaluate_train(case):
 def save_student(case, path):
     """Saves a distillation model as it is; returns its student's weights by key and offset."""
     with parallel.parallel(case.topology, model=case.teacher) as topology:
-        chunks = convert(case, topology)
+        chunks = distillation_model(case, topology)
         save_checkpoint(path, chunks, topology=topology)
         names = list(chunks[0].state_dict())
         return gradient_free(parameter_shards(chunks)), names
@@ -178,13 +136,7 @@ def load_student(case, path):
 
 
 def gradient_free(shards):
-    return Measurement(
-        numbers={"shards": 1.0},
-        pieces=[
-            Piece(key=shard.key, global_shape=shard.global_shape, offset=shard.offset, tensor=shard.tensor.detach().clone())
-            for shard in shards
-        ],
-    )
+    return Measurement(numbers={"shards": 1.0}, pieces=pieces_of(shards))
 
 
 def topk_gradient(case):
@@ -212,7 +164,7 @@ def logits_after_cross_entropy(case):
 def refused(case):
     try:
         with parallel.parallel(case.topology, model=case.teacher) as topology:
-            convert(case, topology)
+            distillation_model(case, topology)
     except ConfigError as error:
         return str(error)
     return None
@@ -223,18 +175,18 @@ def wide(*layouts):
     return [pytest.param(layout, marks=pytest.mark.wide) for layout in layouts]
 
 
-CASE = Distillation()
+STEPS = 3
+CASE = DistillationCase()
 DEEPER = STUDENT.with_(num_layers=8, ffn_hidden_size=64)
 MOE = {"model": TINY_MOE.with_(hidden_size=16), "teacher": TINY_MOE.with_(num_layers=4, num_moe_experts=2)}
 MOE_PAIRS = (*PAIRS, ("decoder.layers.0.mlp", "decoder.layers.3.mlp"), ("decoder.layers.1", "decoder.layers.2", "mse"))
 LM = {"skip_lm_loss": False, "kd_loss_scale": 0.5, "logit_kl_temperature": 2.0}
 CASES = {
-    "wider teacher": Distillation(settings=DistillationConfig(intermediate_layer_pairs=ANYWHERE)),
-    "as wide": Distillation(teacher=DEEPER, settings=DistillationConfig(intermediate_layer_pairs=ANYWHERE)),
-    "with labels": Distillation(settings=DistillationConfig(intermediate_layer_pairs=ANYWHERE, **LM)),
-    "experts": Distillation(settings=DistillationConfig(intermediate_layer_pairs=MOE_PAIRS), **MOE),
+    "wider teacher": DistillationCase(steps=STEPS, settings=DistillationConfig(intermediate_layer_pairs=ANYWHERE)),
+    "as wide": DistillationCase(steps=STEPS, teacher=DEEPER, settings=DistillationConfig(intermediate_layer_pairs=ANYWHERE)),
+    "with labels": DistillationCase(steps=STEPS, settings=DistillationConfig(intermediate_layer_pairs=ANYWHERE, **LM)),
+    "experts": DistillationCase(steps=STEPS, settings=DistillationConfig(intermediate_layer_pairs=MOE_PAIRS), **MOE),
 }
-STEPS = 3
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +202,7 @@ def reference_of(ranks):
 
     def run(name):
         if name not in made:
-            [made[name]] = ranks(1).run(measure, CASES[name], STEPS)
+            [made[name]] = ranks(1).run(measure, CASES[name])
         return made[name]
 
     return run
@@ -278,8 +230,7 @@ MATRIX = [
 @pytest.mark.parametrize(("name", "layout", "spec"), MATRIX)
 def test_losses_and_gradients_equal_one_rank(ranks, reference_of, name, layout, spec):
     """Every number of three steps, and every gradient of the first; Megatron-Core's local attention refuses context parallelism."""
-    case = CASES[name].at(layout, spec=spec)
-    compare(reference_of(name), ranks(case.topology.world_size).run(measure, case, STEPS), name=f"{name} {layout} {spec}")
+    require_parity(ranks, CASES[name].at(layout, spec=spec), reference=reference_of(name))
 
 
 @pytest.mark.ranks
@@ -288,8 +239,7 @@ def test_losses_and_gradients_equal_one_rank(ranks, reference_of, name, layout, 
 @pytest.mark.parametrize("name", ["wider teacher", "as wide"])
 def test_uneven_stages_equal_one_rank(ranks, reference_of, name, spec):
     """The first stage has one layer of each model."""
-    case = CASES[name].at("TP1PP2", spec=spec, first_stage_layers=1)
-    compare(reference_of(name), ranks(2).run(measure, case, STEPS), name=f"{name}, uneven, {spec}")
+    require_parity(ranks, CASES[name].at("TP1PP2", spec=spec, first_stage_layers=1), reference=reference_of(name))
 
 
 OTHER_LOSSES = [
@@ -305,8 +255,7 @@ def test_other_losses_equal_one_rank(ranks, options):
     case = CASE.at("TP1PP1", settings=DistillationConfig(intermediate_layer_pairs=PAIRS, **options))
     [alone] = ranks(1).run(measure, case)
     for layout in ("TP2PP1SP", "TP2PP2"):
-        split = replace(case, layout=layout)
-        compare(alone, ranks(split.topology.world_size).run(measure, split), name=f"{layout} {options}")
+        require_parity(ranks, case.at(layout), reference=alone)
 
 
 @pytest.mark.ranks

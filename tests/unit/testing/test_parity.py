@@ -175,7 +175,7 @@ def references(ranks):
 
     def reference(model):
         if model not in found:
-            [found[model]] = ranks(1).run(parity.measure_step, TrainingCase(model=model))
+            [found[model]] = ranks(1).run(parity.measure, TrainingCase(model=model))
         return found[model]
 
     return reference
@@ -214,7 +214,7 @@ def _without_the_sum_over_sequence_parallel_ranks(case):
     from unittest.mock import patch
 
     with patch("megatron.core.distributed.finalize_model_grads._allreduce_non_tensor_model_parallel_grads"):
-        return parity.measure_step(case)
+        return case.measure()
 
 
 @pytest.mark.ranks

@@ -19,7 +19,7 @@ def reference(ranks):
 
     def measure(model):
         if model not in measured:
-            [measured[model]] = ranks(1).run(parity.measure_step, parity.TrainingCase(spec="local", model=model))
+            [measured[model]] = ranks(1).run(parity.measure, parity.TrainingCase(spec="local", model=model))
         return measured[model]
 
     return measure
