@@ -1,16 +1,20 @@
-"""Watches the other hosts of a job on several: `torchrun --nnodes N ... -m nemo_opt.hosts -m MODULE ARGS...`.
+"""Watches the other hosts of a job on several: `torchrun --nnodes N ... -m nemo_opt.hosts [--limit SECONDS] -m MODULE ARGS...`.
 
 A host whose processes are killed closes its connections, and its peers fail at once. One that loses power or its network closes
 nothing: peers wait for their collective's timeout (120 s), gloo then says how long it waited but not for whom, and torchrun names
 the rank that waited. So each host beats in the agent's store, and looks at the beats of the others: one that was heard of and then
-is silent for `LIMIT_S` is named on stderr, and the rank ends, which ends the job. Give `--rdzv-conf read_timeout=40`: torchrun itself
-then gives up soon after.
+is silent for `LIMIT_S` is named on stderr, and the rank ends.
+
+What then ends the job is torchrun, on the host with its store at once. On the others it still waits for the store (300 s and longer were
+seen) until the kernel gives up on the connection: after a quarter of an hour, or half a minute with `sysctl net.ipv4.tcp_retries2=6`. A
+limit below 25 s then names the host before that.
 
 Decisions: only the first rank of a host beats; a host that was never heard of is not judged (the rendezvous has its own timeout); one
 that ends in order says so. The store's client waits without a limit where the network is gone, so one thread exchanges, and another one
 judges. Silence is counted in the judge's own rounds, so that a process that was stopped for a minute does not blame its peers.
 """
 
+import argparse
 import atexit
 import os
 import runpy
@@ -31,7 +35,7 @@ INTERVAL_S = 3.0
 """Between two beats."""
 
 LIMIT_S = 30.0
-"""Silence after which a host counts as lost: ten beats, twice what torch's rendezvous allows (15 s), and half of a minute."""
+"""Silence after which a host counts as lost: twice what torch's rendezvous allows, since a large library that loads stops all threads."""
 
 _BYE = "bye"
 _STORE_HOST = 0  # torchrun puts the store on the host of group rank 0
@@ -136,7 +140,7 @@ def _key(host: int) -> str:
     return f"nemo_opt/host/{host}"
 
 
-def watch() -> Watch | None:
+def watch(limit_s: float = LIMIT_S) -> Watch | None:
     """Watches the other hosts of torchrun's job; None where there are none, or another rank of this host does it."""
     environment = os.environ
     hosts = int(environment.get("GROUP_WORLD_SIZE", "1"))
@@ -144,7 +148,8 @@ def watch() -> Watch | None:
         return None
     first, count = int(environment["RANK"]), int(environment["LOCAL_WORLD_SIZE"])
     ranks = f"rank {first}" if count == 1 else f"ranks {first} to {first + count - 1}"
-    started = Watch(_connect, int(environment["GROUP_RANK"]), hosts, name=f"{socket.gethostname()} ({ranks})", lost=_end)
+    name = f"{socket.gethostname()} ({ranks})"
+    started = Watch(_connect, int(environment["GROUP_RANK"]), hosts, name=name, lost=_end, limit_s=limit_s)
     atexit.register(started.stop)
     return started
 
@@ -163,14 +168,26 @@ def _end(message: str) -> None:
     os._exit(1)
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs `-m MODULE ARGS...` as the program, watched."""
-    if len(arguments) < 2 or arguments[0] != "-m":
-        sys.exit(f"{__doc__}\n\nerror: got {' '.join(arguments)!r}, not -m MODULE ARGS...")
-    watch()
-    sys.argv = list(arguments[1:])
-    runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    parser = argparse.ArgumentParser(
+        "python -m nemo_opt.hosts", description="Runs a module as a program, and watches the job's other hosts."
+    )
+    parser.add_argument(
+        "--limit", type=float, default=LIMIT_S, metavar="SECONDS", help="silence after which a host counts as lost (%(default)s)"
+    )
+    parser.add_argument(
+        "-m", dest="module", nargs=argparse.REMAINDER, required=True, metavar="MODULE ...", help="the program and its arguments"
+    )
+    options = parser.parse_args(arguments)
+    if options.limit <= INTERVAL_S:
+        parser.error(f"--limit {options.limit:g} must be above the {INTERVAL_S:g} s between two beats")
+    if not options.module:
+        parser.error("name a module after -m")
+    watch(options.limit)
+    sys.argv = options.module
+    runpy.run_module(options.module[0], run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -137,12 +137,21 @@ def run(*arguments):
 
 
 def test_a_module_runs_as_a_program_with_its_arguments():
-    done = run("-m", "calendar", "2026", "11")
+    done = run("--limit", "15", "-m", "calendar", "2026", "11")
     assert done.returncode == 0
     assert "November 2026" in done.stdout
 
 
-def test_what_is_no_module_is_refused():
-    done = run("train.py")
-    assert done.returncode == 1
-    assert "got 'train.py', not -m MODULE ARGS..." in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train.py"], "the following arguments are required: -m"),
+        (["-m"], "name a module after -m"),
+        (["--limit", "3", "-m", "calendar"], "--limit 3 must be above the 3 s between two beats"),
+    ],
+)
+def test_other_commands_are_refused(capsys, arguments, message):
+    with pytest.raises(SystemExit) as error:
+        hosts.main(arguments)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
