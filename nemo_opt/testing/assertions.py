@@ -75,10 +75,15 @@ def read(place: Path) -> list[Assertion]:
 
 
 def key_numbers(assertions: Sequence[Assertion], most: int = 4) -> dict[str, str]:
-    """A few numbers that stand for all, shortened: measured ones (fractions) first, then counts; of equal ones the first."""
-    found = {name: value for a in assertions for name, value in a.values.items() if _is_number(value)}
+    """A few numbers that stand for all, shortened: measured ones (fractions) before counts, a result's own before those beside it.
+
+    Of one name, and of equal numbers, the first.
+    """
+    found: dict[str, int | float] = {}
+    for assertion in assertions:
+        found |= {name: value for name, value in assertion.values.items() if _is_number(value) and name not in found}
     texts: dict[str, str] = {}
-    for name in sorted(found, key=lambda name: not isinstance(found[name], float)):  # stable: in the order of assertion
+    for name in sorted(found, key=lambda name: (not isinstance(found[name], float), "." in name)):
         text = f"{found[name]:.5g}" if isinstance(found[name], float) else str(found[name])
         if text not in texts.values():
             texts[name] = text

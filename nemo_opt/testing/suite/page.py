@@ -125,7 +125,7 @@ def _bars(past: Sequence[Past]) -> str:
         x, y, width = (_BARS - len(shown) + number) * _BAR_WIDTH, _BAR_HEIGHT - height, _BAR_WIDTH - 1
         rectangles.append(f'<rect x="{x}" y="{y:.1f}" width="{width}" height="{height:.1f}" fill="var(--{colour})"/>')
     words = f"the last {len(shown)} runs, at most {longest:.1f} s; {sum(one.status == Status.PASS for one in shown)} passed"
-    size = f'width="{_BARS * _BAR_WIDTH}" height="{_BAR_HEIGHT}"'
+    size = f'width="{_BARS * _BAR_WIDTH}" height="{_BAR_HEIGHT}" style="max-width: none"'
     return f'<svg role="img" aria-label="{html.escape(words)}" {size}><title>{html.escape(words)}</title>{"".join(rectangles)}</svg>'
 
 
@@ -134,7 +134,10 @@ def _drawings(folder: Path) -> list[str]:
     found = []
     for place in sorted(folder.glob("*.jsonl")):
         lines = _lines(place)
-        series = {name: points for name in _LOSSES if len(points := _points(lines, name)) > 1}
+        series: dict[str, list[tuple[int, float]]] = {}
+        for name in _LOSSES:
+            if len(points := _points(lines, name)) > 1 and points not in series.values():  # of one term, the sum is that term
+                series[name] = points
         if series:
             found.append(
                 pages.plot(partial(_draw, series), title=f"Losses of {place.stem.removesuffix('_metrics')}", width=5.6, height=2.2)

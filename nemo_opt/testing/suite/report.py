@@ -47,7 +47,8 @@ class Report:
     @property
     def summary(self) -> str:
         """One line."""
-        return f"{len(self.outcomes)} scripts in {self.run.time_s:.0f} s: {count(self.outcomes)}"
+        number = len(self.outcomes)
+        return f"{number} {'script' if number == 1 else 'scripts'} in {self.run.time_s:.0f} s: {count(self.outcomes)}"
 
     def asserts_fewer(self, outcome: Outcome) -> int | None:
         """How much the script asserted when it passed last, where that was more than now: part of it may no longer run."""

@@ -47,10 +47,15 @@ def test_damage_is_noticed(place, line):
 
 
 def test_key_numbers():
-    first = Assertion(kind="check", what="", holds=True, values={"steps": 30, "flag": True, "loss": 4.123456789, "name": "tiny"})
-    second = Assertion(kind="check", what="", holds=True, values={"same": 4.123456, "gap": 1e-9, "layers": 2})
-    assert key_numbers([first, second]) == {"loss": "4.1235", "gap": "1e-09", "steps": "30", "layers": "2"}
-    assert key_numbers([first, second], 1) == {"loss": "4.1235"}
+    """Fractions before counts, a result's own first; the first of one name and of equal numbers."""
+
+    def values(**numbers):
+        return Assertion(kind="check", what="", holds=True, values=numbers)
+
+    found = [values(steps=30, flag=True, loss=4.123456789, name="tiny"), values(same=4.123456, gap=1e-9, loss=9.0, layers=2)]
+    found.append(values(**{"facts.loss": 7.5, "last": 0.25}))
+    assert key_numbers(found, 9) == {"loss": "4.1235", "gap": "1e-09", "last": "0.25", "facts.loss": "7.5", "steps": "30", "layers": "2"}
+    assert list(key_numbers(found, 2)) == ["loss", "gap"]
     assert key_numbers([]) == {}
 
 

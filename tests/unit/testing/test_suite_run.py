@@ -78,7 +78,8 @@ def test_no_failure_is_silent(functional, body, reason):
     assert reason in ended["L2_A"]["reason"]
 
 
-def test_good_scripts(functional):
+def test_good_scripts(functional, monkeypatch):
+    monkeypatch.setenv("OUT", "would be shared")
     functional.write("L2_A_TP2", ranks=2)
     functional.write("L0_B", 'test -x "$PYTHON"; test -z "${OUT:-}"; holds')
     assert functional.run()[0] == 0
