@@ -1,4 +1,4 @@
-"""Where namespaces are not permitted, a script about two hosts ends as infrastructure, with the reason: it neither passes nor runs on one."""
+"""A script about two hosts ends as infrastructure where namespaces are not permitted: it neither passes nor runs on one host."""
 
 import os
 import subprocess
