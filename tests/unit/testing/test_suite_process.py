@@ -80,5 +80,7 @@ def test_stop_ends_it(run, tmp_path):
         stop.set()
 
     threading.Thread(target=stop_it, daemon=True).start()
-    assert run("echo $$ >>$PIDS; sleep 60", stop=stop).code is None
+    ended = run("echo $$ >>$PIDS; sleep 60", stop=stop)
+    assert ended.code is None
+    assert ended.time_s < 15, "long before its limit"
     assert_gone(tmp_path, 1)
