@@ -1,11 +1,9 @@
-"""Fixtures of the unit tests: warm rank processes, shared by the whole session; and which tests wait for the functional suite."""
+"""What all unit tests share: the fixture `ranks`, the backend before the stack; and which tests wait for the functional suite."""
 
 import gc
 import os
 
 import pytest
-
-from nemo_opt.testing import ranks as rank_pools
 
 # Before torch is loaded: the matrices are small, and several threads only wait for each other on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,17 +11,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 _LEFT_OUT = pytest.StashKey[int]()
 
 
-def pytest_pycollect_makemodule(module_path):
-    """What a test module needs before it is loaded.
+def pytest_configure(config):
+    """The fixture `ranks`. Not by `pytest_plugins`, which pytest takes from the topmost folder only: `pytest tests` would fail."""
+    config.pluginmanager.import_plugin("nemo_opt.testing.pytest_ranks")
 
-    Megatron-Core decides at import whether Transformer Engine exists, so the backend comes first, in whatever order modules are collected.
-    Tests with several ranks are coming: their stack is imported while this process imports its own.
-    """
+
+def pytest_pycollect_makemodule(module_path):
+    """Megatron-Core decides at import whether Transformer Engine exists: the backend comes first, however modules are ordered."""
     source = module_path.read_bytes()
     if b"megatron" in source or b"modelopt" in source:
         import nemo_opt._stack
-    if b"pytest.mark.ranks" in source:
-        rank_pools.prepare()
 
 
 def pytest_collection_modifyitems(config, items):
@@ -50,10 +47,3 @@ def pytest_collection_finish():
     """The stack's objects live until the end: each collection (every layout that ends does one) would visit a million of them."""
     gc.collect()
     gc.freeze()
-
-
-@pytest.fixture(scope="session")
-def ranks():
-    """`ranks(2).run(function, *args)`: the results of a module-level function on two ranks."""
-    with rank_pools.RankPools() as pools:
-        yield pools
