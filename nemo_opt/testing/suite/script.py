@@ -28,6 +28,9 @@ _QUARANTINE = ("issue", "expires")
 _DEVICES = ("any", "cpu", "cuda")
 _LIB = "lib.sh"
 _NAME = re.compile(r"L[0-2]_\w+")
+_MEANT = re.compile(r"[Ll]\d")
+"""Begins the name of what is meant to be a script; other files are helpers and tools, unless they have a header."""
+_HEADER = re.compile(r"^# tier=", re.MULTILINE)
 _LAYOUT = re.compile(r"(?:(?:TP|PP|VP|CP|EP|DP)\d+)+")
 _EXAMPLE = "# tier=L2 ranks=2 timeout=600 device=any needs=none owner=@x"
 _SOURCED = re.compile(r"^\s*(?:source|\.)\s.*?([\w.]+\.sh)\b", re.MULTILINE)
@@ -90,9 +93,7 @@ def discover(folder: Path, today: dt.date | None = None) -> list[Script]:
         ConfigError: There are none, or some are not what a script must be; all of these are named.
 
     """
-    files = sorted(folder.glob("*.sh"))
-    sourced = {_LIB, *(name for file in files for name in _SOURCED.findall(file.read_text()))}
-    paths = [file for file in files if _NAME.fullmatch(file.stem) or file.name not in sourced]
+    paths = [file for file in sorted(folder.glob("*.sh")) if _MEANT.match(file.stem) or _HEADER.search(file.read_text())]
     paths += sorted((folder / "quarantine").glob("*.sh"))
     if not paths:
         raise ConfigError(f"{folder} holds no functional script (L0_*.sh, L1_*.sh, L2_*.sh): name the right folder")
@@ -151,7 +152,7 @@ def select(
 
 def _parse(path: Path, *, quarantined: bool, today: dt.date) -> Script:
     if not _NAME.fullmatch(path.stem):
-        raise ConfigError(f"{path} is no name of a script (L2_Name.sh), and no script sources it: rename or remove it")
+        raise ConfigError(f"{path} is meant to be a script, but its name is not of the form L2_Name.sh: rename it, or remove it from here")
     text = path.read_text()
     _check_text(path, text)
     words = _header(path, text, (*_REQUIRED, *_QUARANTINE) if quarantined else _REQUIRED)
@@ -183,7 +184,7 @@ def _check_text(path: Path, text: str) -> None:
 
 
 def _header(path: Path, text: str, required: Sequence[str]) -> dict[str, str]:
-    lines = [line for line in text.splitlines()[:10] if line.startswith("# tier=")]
+    lines = [line for line in text.splitlines()[:10] if _HEADER.match(line)]
     if len(lines) != 1:
         raise ConfigError(f"{path} needs one header line such as {_EXAMPLE!r}")
     words = dict(word.split("=", 1) for word in shlex.split(lines[0][2:]) if "=" in word)

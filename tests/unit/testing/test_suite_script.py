@@ -60,17 +60,19 @@ def test_a_script_whose_exit_code_means_nothing_is_refused(functional, text, mes
 
 
 def test_a_file_that_no_run_would_find_is_refused(functional):
-    functional.write("L2_A", 'source "$(dirname "$0")/helper.sh"')
+    """By its name or its header it is meant to be a script; helpers and tools have neither."""
+    script = functional.write("L2_A")
     (functional.folder / "helper.sh").write_text("true\n")
     assert names(discover(functional.folder)) == ["L2_A"]
-    for name in ("L3_B", "L2-B", "l2_b", "other"):
+    misnamed = {"L3_B": "true\n", "L2-B": "true\n", "l2_b": "true\n", "other": script.read_text()}
+    for name, text in misnamed.items():
         stray = functional.folder / f"{name}.sh"
-        stray.write_text("true\n")
-        with pytest.raises(ConfigError, match=f"{name}.sh is no name of a script"):
+        stray.write_text(text)
+        with pytest.raises(ConfigError, match=f"{name}.sh is meant to be a script"):
             discover(functional.folder)
         stray.unlink()
     (functional.quarantine / "stray.sh").write_text("true\n")
-    with pytest.raises(ConfigError, match=r"stray\.sh is no name of a script"):
+    with pytest.raises(ConfigError, match=r"stray\.sh is meant to be a script"):
         discover(functional.folder)
 
 
