@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes (or reuses) the one environment that everything shares: .venv. Prints nothing when there is nothing to do.
 # Finds a Python >= 3.12 itself, since python3 is often older and a python3.12 on PATH may be a shim that fails.
+# NEMO_OPT_SYSTEM_PACKAGES=1, for NVIDIA's containers: what the system has stays in use, its torch is built for its CUDA and its drivers.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -45,7 +46,16 @@ else
     exit 1
   fi
   echo "bootstrap: $("$base" --version) at $base -> $env_dir (torch is several GB; minutes on a slow network)"
-  "$base" -m venv --clear "$env_dir"
+  "$base" -m venv --clear ${NEMO_OPT_SYSTEM_PACKAGES:+--system-site-packages} "$env_dir"
+fi
+if [ -n "${NEMO_OPT_SYSTEM_PACKAGES:-}" ]; then
+  "$python" ci/constraints_beside_system.py >"$env_dir.constraints"
+  # Not uv, which does not see the packages of the system.
+  "$python" -m pip install --quiet --disable-pip-version-check --constraint "$env_dir.constraints" --editable '.[dev]'
+  rm "$env_dir.constraints"
+  echo "$want" >"$stamp"
+  echo "bootstrap: ready in ${SECONDS} s, beside the packages of the system"
+  exit 0
 fi
 uv="$(command -v uv || command -v "$env_dir/bin/uv" || true)"
 if [ -z "$uv" ]; then
