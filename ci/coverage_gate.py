@@ -1,6 +1,6 @@
 """Fails when a module of nemo_opt (but cpu/ and scripts/) has less than 90 % of its lines covered.
 
-Reads .coverage; run by `tox -e coverage`.
+`python ci/coverage_gate.py DATA_FILE`; run by `tox -e coverage`.
 """
 
 import json
@@ -17,7 +17,7 @@ def main() -> int:
     """Prints the modules below the floor; 1 if there are any, or if nothing was measured."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "coverage.json"
-        subprocess.run([sys.executable, "-m", "coverage", "json", "-q", "-o", str(report)], check=True)
+        subprocess.run([sys.executable, "-m", "coverage", "json", "-q", "--data-file", sys.argv[1], "-o", str(report)], check=True)
         files = json.loads(report.read_text())["files"]
     gated = {name: data["summary"] for name, data in files.items() if not name.startswith(EXEMPT) and data["summary"]["num_statements"]}
     low = {name: s for name, s in gated.items() if 100 * s["covered_lines"] / s["num_statements"] < FLOOR_PERCENT}

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Coverage of one kind, from every rank and subprocess: coverage.sh unit|functional ARGS..., or coverage.sh combined for both together.
+# Leaves results/coverage/KIND.data. Fails when the tests do, and when a measured process left no data (ci/coverage_data.py).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=.venv/bin/python
+kind=${1:?unit, functional or combined}
+shift
+folder=$PWD/results/coverage/$kind
+target=$folder.data
+rm -rf "$folder" "$target"
+mkdir -p "$folder/marks"
+code=0
+case $kind in
+  unit)
+    NEMO_OPT_COVERAGE_MARKS=$folder/marks $python -m coverage run --data-file="$folder/.coverage" -m pytest tests/unit "$@" || code=$?
+    ;;
+  functional)
+    find . -maxdepth 1 -name '.coverage.*' -delete # of runs that were ended; lib.sh writes there
+    NEMO_OPT_COVERAGE_MARKS=$folder/marks NEMO_OPT_COVERAGE=1 .venv/bin/nemo-opt suite run "$@" || code=$?
+    find . -maxdepth 1 -name '.coverage.*' -exec mv -t "$folder" {} +
+    ;;
+  combined)
+    $python -m coverage combine -q --keep --data-file="$target" results/coverage/unit.data results/coverage/functional.data
+    ;;
+  *)
+    echo "coverage.sh: $kind is none of unit, functional, combined" >&2
+    exit 2
+    ;;
+esac
+if [ "$kind" != combined ]; then
+  $python ci/coverage_data.py "$folder" || code=$((code ? code : 1))
+  $python -m coverage combine -q --keep --data-file="$target" "$folder"
+fi
+$python -m coverage report --data-file="$target" | tee "$folder.txt" | tail -n 40
+exit "$code"
