@@ -199,6 +199,7 @@ def _end_on_sigterm() -> Iterator[None]:
     """A cancelled job ends its scripts too, which are sessions of their own."""
 
     def leave(number: int, _: FrameType | None) -> Never:
+        print(f"cancelled by {signal.Signals(number).name}: scripts that run are ended", file=sys.stderr, flush=True)
         raise SystemExit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():

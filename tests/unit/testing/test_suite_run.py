@@ -290,11 +290,12 @@ def test_a_cancelled_run_leaves_no_script_behind(functional, tmp_path):
     functional.write("L2_A", f"echo $$ >{tmp_path}/pid; sleep 60")
     command = [sys.executable, "-m", "nemo_opt.cli", "suite", "run", "--fresh", "--folder", str(functional.folder)]
     command += ["--logs", str(functional.logs), "--history", str(functional.history)]
-    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=ROOT)
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT, text=True)
     try:
         pid = int(awaited(tmp_path / "pid"))
         run.send_signal(signal.SIGTERM)
-        assert run.wait(timeout=20) == 143
+        assert run.communicate(timeout=20)[1] == "cancelled by SIGTERM: scripts that run are ended\n"
+        assert run.returncode == 143
     finally:
         run.kill()
     assert not Path(f"/proc/{pid}").exists()
