@@ -50,7 +50,7 @@ LEAST_REPEATS = 5
 FACTOR = 10.0
 """Times the spread: a handful of kernels on one machine stand for those of all machines, so the true range may be several times wider."""
 FLOOR_REL = 1e-5
-"""Of a value, at the least: the project's goal for sums in another order in float32. Changes of code that matter move losses by far more."""
+"""Of a value, at the least: the project's goal for sums in another order in float32."""
 
 _HOW = "record it there with tests/functional/record_goldens.sh"
 
