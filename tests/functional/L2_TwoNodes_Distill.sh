@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A distillation over two hosts has the numbers of one host's, and ends within a minute, with the lost host's name, when a host drops out.
-# tier=L2 ranks=2 timeout=900 device=cpu needs=fixtures layout=TP1PP2 owner=@nemo_opt
+# tier=L2 ranks=2 timeout=900 device=cpu needs=fixtures,namespaces layout=TP1PP2 owner=@nemo_opt
 # shellcheck source=tests/functional/two_hosts.sh
 source "$(dirname "${BASH_SOURCE[0]}")/two_hosts.sh"
 # shellcheck source=tests/functional/lib.sh

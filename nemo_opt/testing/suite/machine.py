@@ -1,7 +1,9 @@
 """What scripts can run on here: cores, GPUs, memory; found without loading torch."""
 
 import os
+import subprocess
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from nemo_opt.testing.suite.script import Script
@@ -9,6 +11,7 @@ from nemo_opt.testing.suite.script import Script
 __all__ = ["Machine"]
 
 _GIB = 1 << 30
+_PROBE_TIMEOUT_S = 20.0
 _DEVICE_ENV, _VISIBLE_ENV = "NEMO_OPT_DEVICE", "CUDA_VISIBLE_DEVICES"
 
 
@@ -57,11 +60,24 @@ class Machine:
             return f"needs {script.ranks} GPUs, {len(self.gpus)} here"
         if script.memory_gib > self.memory_gib:
             return f"needs {script.memory_gib:g} GiB of memory, {self.memory_gib:.1f} free here"
-        return ""
+        return _no_namespaces() if "namespaces" in script.needs else ""
 
     def environment(self, gpus: tuple[str, ...] = ()) -> dict[str, str]:
         """What a script's environment must say, for the wanted device and on `gpus` where it has some of its own."""
         return ({_DEVICE_ENV: self.device} if self.device else {}) | ({_VISIBLE_ENV: ",".join(gpus)} if gpus else {})
+
+
+@cache
+def _no_namespaces() -> str:
+    """Why hosts of their own, joined by a virtual cable, cannot be made here; empty if they can."""
+    own = () if os.getuid() == 0 else ("--user", "--map-root-user")
+    cable = ("ip", "link", "add", "probe0", "type", "veth", "peer", "name", "probe1")
+    command = ["unshare", *own, "--net", "--uts", "--pid", "--fork", "--mount-proc", *cable]
+    try:
+        tried = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"no network namespaces here: {error}"
+    return f"no network namespaces here: {tried.stderr.strip() or tried.returncode}" if tried.returncode else ""
 
 
 def _gpus() -> tuple[str, ...]:

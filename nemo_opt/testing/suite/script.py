@@ -32,6 +32,7 @@ _MEANT = re.compile(r"[Ll]\d")
 """Begins the name of what is meant to be a script; other files are helpers and tools, unless they have a header."""
 _HEADER = re.compile(r"^# tier=", re.MULTILINE)
 _LAYOUT = re.compile(r"(?:(?:TP|PP|VP|CP|EP|DP)\d+)+")
+_NEEDS = ("fixtures", "namespaces", "none")
 _EXAMPLE = "# tier=L2 ranks=2 timeout=600 device=any needs=none owner=@x"
 _SOURCED = re.compile(r"^\s*(?:source|\.)\s.*?([\w.]+\.sh)\b", re.MULTILINE)
 _LETS_FAIL = re.compile(r"^\s*set\s+(?:\+\w*e|\+o\s+errexit)", re.MULTILINE)
@@ -206,8 +207,8 @@ def _check_words(path: Path, words: dict[str, str]) -> None:
             raise ConfigError(f"{path}: {key} {words[key]!r} is not a positive number")
     if not re.fullmatch(r"\d+(\.\d+)?", words.get("memory", "0")):
         raise ConfigError(f"{path}: memory {words['memory']!r} is not a number of GiB")
-    if wrong := [need for need in words["needs"].split(",") if need not in ("fixtures", "none")]:
-        raise ConfigError(f"{path}: needs {wrong} is unknown; known are fixtures and none")
+    if wrong := [need for need in words["needs"].split(",") if need not in _NEEDS]:
+        raise ConfigError(f"{path}: needs {wrong} is unknown; known are {', '.join(_NEEDS)}")
 
 
 def _layout(path: Path, said: str, ranks: int) -> str:

@@ -1,5 +1,6 @@
 """What a script may run on: a GPU that is not there makes it not run, never passed on something else."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,26 @@ def test_memory_of_a_container(monkeypatch):
     assert module._free_memory_gib() == 3.5
     files["/sys/fs/cgroup/memory.max"] = "max\n"
     assert module._free_memory_gib() == 8.0
+
+
+@pytest.mark.parametrize(
+    ("command", "lack"),
+    [
+        ("exit 0", ""),
+        ("echo 'Operation not permitted' >&2; exit 1", "no network namespaces here: Operation not permitted"),
+        ("exit 3", "no network namespaces here: 3"),
+        (None, "no network namespaces here: .*unshare.*"),
+    ],
+)
+def test_namespaces_are_tried(monkeypatch, tmp_path, command, lack):
+    """By the command that would make them, since what permits them differs from machine to machine."""
+    if command is not None:
+        (tmp_path / "unshare").write_text(f"#!/bin/sh\n{command}\n")
+        (tmp_path / "unshare").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    module._no_namespaces.cache_clear()
+    try:
+        assert re.fullmatch(lack, machine().lacks(script(needs=("namespaces",))))
+        assert machine().lacks(script(needs=("fixtures",))) == ""
+    finally:
+        module._no_namespaces.cache_clear()
