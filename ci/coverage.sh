@@ -30,7 +30,8 @@ case $kind in
 esac
 if [ "$kind" != combined ]; then
   $python ci/coverage_data.py "$folder" || code=$((code ? code : 1))
-  $python -m coverage combine -q --keep --data-file="$target" "$folder"
+  $python -m coverage combine -q --keep --data-file="$folder/.coverage" "$folder" # looks for files of that name
+  mv "$folder/.coverage" "$target"
 fi
 $python -m coverage report --data-file="$target" | tee "$folder.txt" | tail -n 40
 exit "$code"
