@@ -107,7 +107,7 @@ def _look_up(name: str, container: Any, owner: str) -> Any:
 
 
 def _values(expression: str, names: dict[str, Any]) -> dict[str, Any]:
-    """What the names in `expression` stand for, in their order."""
+    """What the names in `expression` stand for."""
     found = {}
     for node in ast.walk(ast.parse(expression.strip(), mode="eval")):
         if isinstance(node, ast.Name | ast.Attribute) and ast.unparse(node) not in _FUNCTIONS:
