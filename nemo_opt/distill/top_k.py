@@ -39,24 +39,29 @@ def largest_logits(
         is_padding = torch.arange(first, first + width, device=teacher.device) >= vocab_size
         teacher = teacher.masked_fill(is_padding, float("-inf"))
     values, indices = teacher.topk(min(k, width), dim=-1, sorted=False)
-    both = torch.stack([student.gather(-1, indices).float(), values.float()])
+    own, values = student.gather(-1, indices).float(), values.float()
     if ranks > 1:
-        both = _Gather.apply(both, group)  # type: ignore[no-untyped-call]
-        _, indices = both[1].detach().topk(k, dim=-1, sorted=False)
-        both = both.gather(-1, indices.expand(2, *indices.shape))
-    return both[0], both[1].detach()
+        own, values = _Gather.apply(own, values, group)  # type: ignore[no-untyped-call]
+        values, indices = values.topk(k, dim=-1, sorted=False)
+        own = own.gather(-1, indices)
+    return own, values
 
 
 class _Gather(torch.autograd.Function):
-    """Joins the ranks' parts along the last dim. Each rank computes the same of the whole, so its gradient needs no sum."""
+    """Joins the ranks' parts of two tensors along the last dim, in one message; the first one is differentiable.
+
+    Each rank computes the same of the whole, so its gradient needs no sum.
+    """
 
     @staticmethod
-    def forward(ctx: Any, part: torch.Tensor, group: Any) -> torch.Tensor:
-        ctx.group, ctx.width = group, part.size(-1)
-        parts = [torch.empty_like(part) for _ in range(group.size())]
-        dist.all_gather(parts, part.contiguous(), group=group)
-        return torch.cat(parts, dim=-1)
+    def forward(ctx: Any, first: torch.Tensor, second: torch.Tensor, group: Any) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        ctx.group, ctx.width = group, first.size(-1)
+        parts = first.new_empty(group.size(), 2, *first.shape)
+        dist.all_gather(list(parts), torch.stack([first, second]), group=group)
+        joined = [parts[:, index].movedim(0, -2).flatten(-2) for index in range(2)]
+        ctx.mark_non_differentiable(joined[1])
+        return tuple(joined)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
-        return grad_outputs[0].narrow(-1, ctx.group.rank() * ctx.width, ctx.width), None
+        return grad_outputs[0].narrow(-1, ctx.group.rank() * ctx.width, ctx.width), None, None
