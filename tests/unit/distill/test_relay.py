@@ -92,7 +92,7 @@ some_pairs = st.lists(st.tuples(layer, layer, st.sampled_from(["cosine", "mse"])
 
 
 @given(some_pairs, st.sampled_from([1, 2, 4]), st.sampled_from([6, 8]), st.integers(0, 5))
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_losses_and_gradients_are_those_without_stages(pairs, stages, teacher_width, seed):
     widths = {"student": 6, "teacher": teacher_width}
     states = hidden_states(widths, torch.float32, seed)

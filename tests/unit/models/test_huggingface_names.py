@@ -38,7 +38,7 @@ def configs(draw):
     )
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(configs())
 def test_every_hf_row_has_exactly_one_place(config):
     rows = {name: [0] * shape[0] for name, shape in hf_shapes(config).items()}
@@ -49,7 +49,7 @@ def test_every_hf_row_has_exactly_one_place(config):
     assert all(count == 1 for counts in rows.values() for count in counts)
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(configs())
 def test_pieces_of_a_weight_follow_each_other(config):
     for key in _keys(config):
