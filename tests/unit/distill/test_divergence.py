@@ -166,7 +166,8 @@ def _split(kinds_and_sizes):
         part = 64 // dist.get_world_size()
         own = student.detach()[..., part * dist.get_rank() :][..., :part].clone().requires_grad_()
         options = {"vocab_size": columns, "group": dist.group.WORLD}
-        with patch.object(dist, "all_gather", wraps=dist.all_gather) as gathers:
+        # several blocks of rows, none of which may be left from the pass before
+        with patch.object(dist, "all_gather", wraps=dist.all_gather) as gathers, patch.object(module, "_BLOCK", 3 * part):
             inputs = own, teacher[..., part * dist.get_rank() :][..., :part].clone()
             if k is None:
                 losses = divergence(*inputs, kind=kind, temperature=1.5, overwrite_teacher=True, **options)
@@ -188,5 +189,5 @@ def test_a_split_vocabulary_gives_the_same(ranks):
         (expected * weights).sum().backward()
         assert torch.equal(losses, others)
         assert worst(losses, expected.detach()) < TOL_LOSS
-        print(kind, k, columns, worst(torch.cat([gradient, rest], -1), theirs.grad.double()))
+        assert worst(torch.cat([gradient, rest], -1), theirs.grad.double()) < TOL_GRADIENT[torch.float32]
         assert messages == 1
