@@ -95,5 +95,6 @@ def zero_gradients(chunks: list[DistributedDataParallel], optimizer: MegatronOpt
 def finite_gradients(chunks: list[DistributedDataParallel]) -> bool:
     """Whether every gradient of this rank is a finite number; one pass over the gradient buffers."""
     buffers = [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
-    # A sum of finite float32 values may overflow, the largest magnitude cannot, and max hands NaN on.
-    return all(torch.isfinite(buffer.grad_data.abs().max()).item() for buffer in buffers if buffer.grad_data.numel())
+    # A sum of finite float32 values may overflow, the extremes cannot; they hand NaN on, and need no copy of the buffer.
+    extremes = [torch.stack(torch.aminmax(buffer.grad_data)) for buffer in buffers if buffer.grad_data.numel()]
+    return all(torch.isfinite(pair).all().item() for pair in extremes)
