@@ -35,10 +35,21 @@ fi
 STEP_GROUP=""
 WATCH_GROUP=""
 
+# SIGTERM for what is left of the step, and SIGKILL for what that does not end.
+end_step() {
+    local attempt
+    kill -TERM -- "-$STEP_GROUP" 2>/dev/null || return 0
+    for ((attempt = 0; attempt < GRACE_S * 10; attempt++)); do
+        sleep 0.1
+        kill -0 -- "-$STEP_GROUP" 2>/dev/null || return 0
+    done
+    kill -KILL -- "-$STEP_GROUP" 2>/dev/null || true
+}
+
 end_groups() {
     # The watch has nothing to clean up, and may not have dropped this shell's traps yet, which would swallow a SIGTERM.
     [[ -z $WATCH_GROUP ]] || kill -KILL -- "-$WATCH_GROUP" 2>/dev/null || true
-    [[ -z $STEP_GROUP ]] || kill -TERM -- "-$STEP_GROUP" 2>/dev/null || true
+    [[ -z $STEP_GROUP ]] || end_step
     STEP_GROUP=""
     WATCH_GROUP=""
 }

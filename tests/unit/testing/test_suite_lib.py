@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -129,3 +130,22 @@ def test_a_full_disk_is_told_apart(script, tmp_path, free, before, after):
 def test_metrics_are_kept(script):
     assert script('mkdir -p "$OUT/a/b"; echo 1 >"$OUT/a/b/metrics.jsonl"; echo 2 >"$OUT/metrics.jsonl"; exit 3').returncode == 3
     assert {path.name: path.read_text() for path in script.metrics.iterdir()} == {"a_b_metrics.jsonl": "1\n", "metrics.jsonl": "2\n"}
+
+
+@pytest.mark.parametrize("step", ["step out 0.3", "step done 20"])
+def test_what_ignores_sigterm_does_not_outlive_its_step(script, tmp_path, step):
+    """Neither of a step that ran out of its time, nor of one that ended and left it behind."""
+    pid = tmp_path / "pid"
+    stubborn = f"(trap '' TERM; echo $BASHPID >{pid}; while true; do sleep 0.05; done) & until [ -s {pid} ]; do sleep 0.02; done"
+    waits = "; sleep 30" if "out" in step else ""
+    done = script(f"GRACE_S=1\n{step} bash -c {shlex.quote(stubborn + waits)}")
+    assert done.returncode == (124 if waits else 0), done.stderr
+    assert is_dead(pid.read_text().strip())
+
+
+def is_dead(pid):
+    """Gone, or waiting for a parent to take note."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
