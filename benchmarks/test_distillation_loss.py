@@ -91,15 +91,20 @@ def _extra_bytes(student, loss):
     return extra_bytes(lambda: loss().backward())
 
 
+def measured(benchmark, pool, *case):
+    """Our share of ModelOpt's time, and the memory of each in inputs, recorded with the benchmark."""
+    (times_s, extra, one_input), *_ = benchmark.pedantic(pool.run, args=(compare, *case), rounds=1)
+    ratio = statistics.median(ours / theirs for ours, theirs in zip(times_s["ours"], times_s["ModelOpt"], strict=True))
+    memory = {name: bytes_ / one_input for name, bytes_ in extra.items()}
+    benchmark.extra_info.update(ratio=ratio, modelopt_s=statistics.median(times_s["ModelOpt"]), memory_of_one_input=memory)
+    return ratio, memory
+
+
 @pytest.mark.parametrize("ranks_count", [1, 2], ids=["TP1", "TP2"])
 @pytest.mark.parametrize(("vocabulary", "dtype"), [(32000, "float32"), (32000, "bfloat16"), (8192, "float32")])
 def test_loss_on_logits(benchmark, ranks, vocabulary, dtype, ranks_count):
     layout = f"TP{ranks_count}"
-    pool = ranks(ranks_count)
-    (times_s, extra, one_input), *_ = benchmark.pedantic(pool.run, args=(compare, vocabulary, dtype), rounds=1)
-    ratio = statistics.median(ours / theirs for ours, theirs in zip(times_s["ours"], times_s["ModelOpt"], strict=True))
-    memory = {name: bytes_ / one_input for name, bytes_ in extra.items()}
-    benchmark.extra_info.update(ratio=ratio, modelopt_s=statistics.median(times_s["ModelOpt"]), memory_of_one_input=memory)
+    ratio, memory = measured(benchmark, ranks(ranks_count), vocabulary, dtype)
     print(
         f"\nloss on logits {layout} {[*SHAPE, vocabulary]} {dtype}: {ratio:.2f} of ModelOpt's time (goal {TIME_GOALS[layout, vocabulary]});"
         f"\n  memory beside the inputs, of one input: ModelOpt {memory['ModelOpt']:.2f}, ours {memory['ours']:.2f}"
@@ -109,11 +114,7 @@ def test_loss_on_logits(benchmark, ranks, vocabulary, dtype, ranks_count):
 
 @pytest.mark.parametrize("ranks_count", [1, 2], ids=["TP1", "TP2"])
 def test_loss_on_the_likeliest_tokens(benchmark, ranks, ranks_count):
-    pool = ranks(ranks_count)
-    (times_s, extra, one_input), *_ = benchmark.pedantic(pool.run, args=(compare, 32000, "float32", TOP_K), rounds=1)
-    ratio = statistics.median(ours / theirs for ours, theirs in zip(times_s["ours"], times_s["ModelOpt"], strict=True))
-    memory = {name: bytes_ / one_input for name, bytes_ in extra.items()}
-    benchmark.extra_info.update(ratio=ratio, modelopt_s=statistics.median(times_s["ModelOpt"]), memory_of_one_input=memory)
+    ratio, memory = measured(benchmark, ranks(ranks_count), 32000, "float32", TOP_K)
     print(
         f"\nloss on the {TOP_K} likeliest tokens TP{ranks_count} {[*SHAPE, 32000]}: {ratio:.2f} of ModelOpt's time (goal {TOP_K_GOAL});"
         f"\n  memory beside the inputs, of one input: ModelOpt {memory['ModelOpt']:.2f}, ours {memory['ours']:.2f}"

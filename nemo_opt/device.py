@@ -10,6 +10,7 @@ import importlib.util
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from nemo_opt.errors import ConfigError
@@ -17,7 +18,7 @@ from nemo_opt.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DEVICE_VARIABLE", "DeviceChoice", "activate", "choose_device", "default_spec", "local_device"]
+__all__ = ["DEVICE_VARIABLE", "DeviceChoice", "activate", "choose_device", "default_spec", "expects_gpu", "local_device"]
 
 DEVICE_VARIABLE = "NEMO_OPT_DEVICE"
 
@@ -83,6 +84,11 @@ def activate(announce: bool = True) -> DeviceChoice:
     if announce:
         _announce()
     return choice
+
+
+def expects_gpu() -> bool:
+    """Whether ranks will look for a GPU here: there is NVIDIA's driver, and the CPU is not asked for. Loads no torch."""
+    return Path("/dev/nvidiactl").exists() and os.environ.get(DEVICE_VARIABLE, "").strip().lower() != "cpu"
 
 
 def local_device() -> "torch.device":

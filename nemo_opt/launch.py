@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import nemo_opt.errors
+from nemo_opt.device import expects_gpu
 from nemo_opt.errors import ConfigError, NemoOptError
 from nemo_opt.forked import run_forked
 
@@ -114,7 +115,7 @@ def rank_environment(devices: int) -> dict[str, str]:
     wanted: dict[str, str] = {"TOKENIZERS_PARALLELISM": "false"}
     if devices > 1:
         wanted["OMP_NUM_THREADS"] = "1"  # several ranks share the cores; one rank may use them all
-    if not Path("/dev/nvidiactl").exists() or os.environ.get("NEMO_OPT_DEVICE") == "cpu":
+    if not expects_gpu():
         wanted |= ALLOCATOR_ENV
     return {name: value for name, value in wanted.items() if name not in os.environ}
 

@@ -1,4 +1,6 @@
-"""From a checked command to its result: checks in this process, work in the ranks, exit codes 0 (done), 1 (failed), 2 (bad input).
+"""From a checked command to its result: checks in this process, work in the ranks.
+
+Exit codes: 0 done, 1 failed, 2 bad input, 75 (EX_TEMPFAIL) the fork server that ranks come from is gone, 130 interrupted.
 
 Shared by `nemo-opt` and `nemo_opt.scripts`. Loads no torch.
 """
@@ -14,6 +16,7 @@ from nemo_opt import launch
 from nemo_opt.api import checks
 from nemo_opt.api.results import Result
 from nemo_opt.errors import ConfigError, NemoOptError
+from nemo_opt.forked import ForkServerError
 
 __all__ = ["exit_code_of", "start", "write_json"]
 
@@ -35,6 +38,9 @@ def exit_code_of(command: Callable[[], None]) -> int:
     who = f"rank {launch.rank()}: " if launch.joined() else ""
     try:
         command()
+    except ForkServerError as error:
+        print(f"{who}failed: {error}", file=sys.stderr)
+        return 75
     except NemoOptError as error:
         print(f"{who}error: {error}", file=sys.stderr)
         return 2

@@ -14,7 +14,6 @@ Exit codes: 0 equal, 1 different, 2 nothing that could be compared. Loads no tor
 import argparse
 import json
 import math
-import os
 import platform
 import re
 import subprocess
@@ -26,6 +25,7 @@ from pathlib import Path
 from statistics import median_low
 from typing import Any
 
+from nemo_opt.device import expects_gpu
 from nemo_opt.errors import ConfigError, DataError, NemoOptError
 from nemo_opt.testing import assertions
 
@@ -92,9 +92,8 @@ class Golden:
 
 def platform_key() -> str:
     """Such as cpu-x86_64-torch2.13; the device is the one that ranks would choose."""
-    has_gpu = Path("/dev/nvidiactl").exists() and os.environ.get("NEMO_OPT_DEVICE") != "cpu"
     torch = ".".join(version("torch").split(".")[:2])
-    return f"{'cuda' if has_gpu else 'cpu'}-{platform.machine()}-torch{torch}"
+    return f"{'cuda' if expects_gpu() else 'cpu'}-{platform.machine()}-torch{torch}"
 
 
 def read_result(path: str | Path) -> dict[str, float]:

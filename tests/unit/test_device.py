@@ -93,3 +93,12 @@ def test_importing_the_module_loads_no_torch():
     code = "import sys, nemo_opt.device; sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "COVERAGE_PROCESS_START": ""}, timeout=60, check=False)
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("driver", "request_", "expected"), [(True, "", True), (True, "cuda", True), (True, " CPU", False), (False, "", False)]
+)
+def test_whether_ranks_will_look_for_a_gpu(monkeypatch, driver, request_, expected):
+    monkeypatch.setattr(device.Path, "exists", lambda path: driver and str(path) == "/dev/nvidiactl")
+    monkeypatch.setenv(device.DEVICE_VARIABLE, request_)
+    assert device.expects_gpu() == expected

@@ -19,6 +19,7 @@ COMMANDS = [
     "fixtures build",
     "suite",
     "suite run",
+    "suite list",
 ]
 
 REPORT = f"""

@@ -24,6 +24,7 @@ from nemo_opt.api.results import (
 from nemo_opt.cli import report, run
 from nemo_opt.cli.main import main
 from nemo_opt.errors import ConfigError
+from nemo_opt.forked import ForkServerError
 from nemo_opt.launch import RankFailedError
 from nemo_opt.parallel import Topology
 from nemo_opt.prune.config import PruningConfig
@@ -387,6 +388,16 @@ def test_errors_under_a_launcher_name_the_rank(monkeypatch, capsys):
 
     assert run.exit_code_of(fail) == 2
     assert capsys.readouterr().err == "rank 1: error: no\n"
+
+
+def test_a_lost_fork_server_is_not_the_commands_fault(capsys):
+    """The suite's runner calls exit code 75 infrastructure."""
+
+    def fail():
+        raise ForkServerError("gone")
+
+    assert run.exit_code_of(fail) == 75
+    assert capsys.readouterr().err == "failed: gone\n"
 
 
 def test_upkeep(monkeypatch, tmp_path, capsys):
