@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from nemo_opt import launch
+from nemo_opt import launch, stacks
 from nemo_opt.errors import NemoOptError
 
 __all__ = ["die_with_parent", "live", "main", "quiet_upstream"]
@@ -55,6 +55,7 @@ def die_with_parent() -> None:
 def live(job: Path) -> NoReturn:
     """The life of this process as a rank of `job`."""
     faulthandler.enable()
+    stacks.keep(job, launch.rank())
     die_with_parent()
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a rank that is killed leaves behind
     code = main(job)

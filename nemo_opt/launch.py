@@ -5,6 +5,7 @@ Decisions:
   are started by torch's elastic agent (which needs torch, 3 s), a single rank is a plain child process: the parent loads nothing at all.
 - No port is chosen before use: the elastic rendezvous binds port 0 itself.
 - The first failing rank ends the job, and its own message is shown, not those of the ranks that lost their peer.
+- A job that is ended by SIGTERM, as what hangs is, shows where each rank was (`stacks`).
 - Where a fork server is named (`forked`), ranks are forked from it instead: the functional suite starts hundreds.
 - What crosses the process boundary is JSON (see `encode`), never pickle.
 - glibc reads its allocator settings when a process starts, which is one more reason why a single rank is a child.
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import nemo_opt.errors
+from nemo_opt import stacks
 from nemo_opt.device import expects_gpu
 from nemo_opt.errors import ConfigError, NemoOptError
 from nemo_opt.forked import run_forked
@@ -90,14 +92,11 @@ def run_ranks(target: str, kwargs: Mapping[str, Any], *, devices: int = 1) -> An
     with tempfile.TemporaryDirectory(prefix="nemo_opt_job_") as directory:
         job = Path(directory)
         (job / _JOB).write_text(json.dumps({"target": target, "kwargs": encode(dict(kwargs))}))
-        with _environment(rank_environment(devices)):
-            exits = run_forked(job, devices)
-            if exits is not None:
-                _raise_any_failure(job, exits)
-            elif devices == 1:
-                _run_child(job)
-            else:
-                _run_elastic(job, devices)
+        try:
+            with _environment(rank_environment(devices)), stacks.terminable():
+                _start(job, devices)
+        except stacks.TerminatedError:
+            raise RankFailedError(f"ended by SIGTERM, while its ranks were here:\n{stacks.read(job, devices)}") from None
         return read_result(job)
 
 
@@ -108,6 +107,16 @@ def resolve(target: str) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------------- starting
+
+
+def _start(job: Path, devices: int) -> None:
+    exits = run_forked(job, devices)
+    if exits is not None:
+        _raise_any_failure(job, exits)
+    elif devices == 1:
+        _run_child(job)
+    else:
+        _run_elastic(job, devices)
 
 
 def rank_environment(devices: int) -> dict[str, str]:
@@ -182,6 +191,8 @@ def _run_elastic(job: Path, devices: int) -> None:
     except SignalException as error:
         if error.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
+        if error.sigval == signal.SIGTERM:
+            raise stacks.TerminatedError from None
         raise RankFailedError(f"ended by {signal.Signals(error.sigval).name}") from None
 
 

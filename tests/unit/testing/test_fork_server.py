@@ -154,6 +154,24 @@ def test_ranks_end_with_who_asked_for_them(server, tmp_path, stubborn):
         time.sleep(0.1)
 
 
+def test_a_client_that_is_told_to_end_shows_where_its_ranks_were(server, tmp_path):
+    address, _ = server
+    arguments = {"folder": str(tmp_path), "stubborn": False}
+    code = f"from nemo_opt.launch import run_ranks; run_ranks('forked_targets:wait', {arguments}, devices=2)"
+    environment = os.environ | {forked.SOCKET_ENV: address}
+    client = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not all((tmp_path / f"{rank}.pid").exists() for rank in range(2)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.2)
+    client.terminate()
+    _, said = client.communicate(timeout=30)
+    assert "ended by SIGTERM, while its ranks were here:" in said
+    for rank in range(2):
+        assert "in wait" in said.partition(f"--- rank {rank}\n")[2].partition("--- rank")[0]
+
+
 def test_a_server_with_other_settings_is_not_used(job, monkeypatch):
     """Devices are chosen at import: the ranks are then started without it, here as a child that cannot find the targets."""
     monkeypatch.setenv("NEMO_OPT_CPU_DEVICES", "3")
