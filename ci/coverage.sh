@@ -13,7 +13,7 @@ mkdir -p "$folder/marks"
 code=0
 case $kind in
   unit)
-    NEMO_OPT_COVERAGE_MARKS=$folder/marks $python -m coverage run --data-file="$folder/.coverage" -m pytest tests/unit "$@" || code=$?
+    NEMO_OPT_COVERAGE_MARKS=$folder/marks $python -m coverage run --data-file="$folder/.coverage" -m pytest tests/unit -m "wide or not wide" "$@" || code=$?
     ;;
   functional)
     find . -maxdepth 1 -name '.coverage.*' -delete # of runs that were ended; lib.sh writes there

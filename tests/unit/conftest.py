@@ -26,7 +26,7 @@ def pytest_pycollect_makemodule(module_path):
 def pytest_collection_modifyitems(config, items):
     """Tests marked `wide` run where they are asked for: by -m, by -k or by name. Else they are left to tests/functional/L2_Layouts.sh.
 
-    They are the broad matrices of layouts: four ranks on two cores spend milliseconds on each collective.
+    They are the broad matrices of layouts (four ranks on two cores spend milliseconds on each collective) and whole commands on two ranks.
     """
     if config.option.markexpr or config.option.keyword or any("::" in argument for argument in config.args):
         return
@@ -37,10 +37,23 @@ def pytest_collection_modifyitems(config, items):
         config.stash[_LEFT_OUT] = len(wide)
 
 
+def pytest_sessionfinish(session):
+    """A worker of pytest-xdist tells what it left out: its parent collects nothing."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.stash.get(_LEFT_OUT, 0)
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_testnodedown(node):
+    """The parent hears of it; every worker collects the same."""
+    if hasattr(node, "workeroutput"):
+        node.config.stash[_LEFT_OUT] = node.workeroutput["left_out"]
+
+
 def pytest_terminal_summary(terminalreporter, config):
     """Says which tests did not run, and how to run them."""
     if count := config.stash.get(_LEFT_OUT, 0):
-        terminalreporter.write_line(f"{count} wide layout tests run in tests/functional/L2_Layouts.sh (here: pytest tests/unit -m wide)")
+        terminalreporter.write_line(f"{count} wide tests (layouts, commands) run in tests/functional/L2_Layouts.sh, or by: pytest tests/unit -m wide")
 
 
 def pytest_collection_finish():

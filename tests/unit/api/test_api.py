@@ -17,7 +17,7 @@ from nemo_opt.prune.config import PruningConfig
 from nemo_opt.quantize.config import ExportConfig, QuantizationConfig
 from nemo_opt.training.config import TrainingConfig
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.wide]
 
 MODEL = ModelConfig(
     num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2, vocab_size=384, max_position_embeddings=64

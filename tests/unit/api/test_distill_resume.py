@@ -22,7 +22,7 @@ from nemo_opt.parallel import Topology
 from nemo_opt.quantize.config import ExportConfig, QuantizationConfig
 from nemo_opt.training.config import TrainingConfig
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.wide]
 
 STUDENT = ModelConfig(
     num_layers=2, hidden_size=16, ffn_hidden_size=32, num_attention_heads=2, num_query_groups=2, vocab_size=384, max_position_embeddings=32
@@ -175,7 +175,7 @@ def test_a_run_that_goes_on_ends_as_if_it_had_not_stopped(ranks, root, straight,
     assert left[student].exists(), "it is not this output's"
 
 
-@pytest.mark.parametrize("student", ["student", pytest.param("int4", marks=pytest.mark.wide)])
+@pytest.mark.parametrize("student", ["student", "int4"])
 def test_so_does_one_over_stages_which_clears_up(ranks, root, student):
     name = f"{student} TP1PP2"
     straight, *_ = ranks(2).run(distil, root, "TP1PP2", student, f"{name} straight")
@@ -190,7 +190,7 @@ def test_so_does_one_over_stages_which_clears_up(ranks, root, student):
     assert first.result["peak_memory_bytes"] == second.result["peak_memory_bytes"] > 0
 
 
-@pytest.mark.parametrize("layout", ["TP1PP2", pytest.param("TP2PP1SP", marks=pytest.mark.wide)])
+@pytest.mark.parametrize("layout", ["TP1PP2", "TP2PP1SP"])
 def test_it_goes_on_at_another_layout(ranks, root, straight, left, layout):
     resumed, _ = ranks(2).run(distil, root, layout, left["student"], f"elsewhere {layout}", resume=True)
     for name in ("loss_after", "kd_loss_last", "logits_loss_last", "intermediate_loss_last"):

@@ -63,6 +63,7 @@ def pad(directory, padded):
 
 
 @pytest.mark.ranks
+@pytest.mark.wide
 def test_the_place_of_the_teacher_makes_no_difference(ranks, tmp_path):
     train_tokenizer(Path(api.builtin_corpus()).read_text().splitlines()[:40], STUDENT.vocab_size, tmp_path / "tokenizer")
     for results in ranks(2).run(distil, tmp_path):

@@ -250,7 +250,7 @@ def align(name, cases, tokenizer):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", ["TP1", "TP2"])
+@pytest.mark.parametrize("name", [pytest.param("TP1", marks=pytest.mark.wide), "TP2"])
 def test_vocabularies_are_aligned(ranks, padded, name):
     """A student with more rows, with fewer, and with more that still fit the teacher's padding."""
     directories, tokenizer = padded

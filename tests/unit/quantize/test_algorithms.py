@@ -28,7 +28,7 @@ LOGITS_TOLERANCE = 1e-2
 """Absolute, of logits of size 1: an activation that differs in the last bit may lie beside a rounding edge."""
 CASES = tuple(ALGORITHMS)
 MAX_CALIBRATED = tuple(algorithm for algorithm in CASES if algorithm not in SEARCHED)
-FEW = ("int8", "int8_sq", "int4", "w4a8_awq")
+FEW = ("int8", "w4a8_awq")
 
 
 def config(algorithm):
@@ -117,6 +117,7 @@ def single(ranks):
 
 
 @pytest.mark.ranks
+@pytest.mark.wide
 def test_every_algorithm_changes_the_logits(single):
     assert single.keys() == set(CASES)
     logits = [result["logits"] for result in single.values()]
@@ -128,12 +129,10 @@ def test_every_algorithm_changes_the_logits(single):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(
-    ("layout", "cases"),
-    [("TP2PP1", FEW), *map(wide, ("TP2PP1", "TP1PP2", "TP2PP2", "TP2PP1SP", "DP2", "CP2"))],
-)
-def test_every_layout_gives_the_single_ranks_result(ranks, single, layout, cases):
-    for results in ranks(Topology.from_name(layout).world_size).run(_quantize, layout, cases):
+@pytest.mark.wide
+@pytest.mark.parametrize("layout", ["TP2PP1", "TP1PP2", "TP2PP2", "TP2PP1SP", "DP2", "CP2"])
+def test_every_layout_gives_the_single_ranks_result(ranks, single, layout):
+    for results in ranks(Topology.from_name(layout).world_size).run(_quantize, layout, CASES):
         for name, result in results.items():
             _assert_same(result, single[name], name, exact="TP2" not in layout and "CP2" not in layout)
 

@@ -136,6 +136,7 @@ def test_alphas_scales_and_amax_are_upstreams(ranks, upstream):
 
 
 @pytest.mark.ranks
+@pytest.mark.wide
 def test_both_specs_give_the_same_scales(single, upstream):
     for fmt, expected in upstream.items():
         assert single[fmt]["alphas"] == expected["alphas"]
@@ -143,6 +144,7 @@ def test_both_specs_give_the_same_scales(single, upstream):
 
 
 @pytest.mark.ranks
+@pytest.mark.wide
 def test_upstream_measures_before_the_norm_that_transformer_engine_fuses(ranks, upstream):
     """Turns red when upstream takes a LayerNormLinear's statistics from what is multiplied; its module's input is not yet normalised."""
     fused = ranks(1).run(_upstream, "TP1PP1", "te", FORMATS[1:2])[0]["W4A8_AWQ_BETA_CFG"]
@@ -154,6 +156,7 @@ def test_upstream_measures_before_the_norm_that_transformer_engine_fuses(ranks, 
 
 
 @pytest.mark.ranks
+@pytest.mark.wide
 def test_experts_too(ranks):
     """Each sees its own tokens. Upstream weighs micro-batches alike, however few of their tokens come to an expert: alphas may differ."""
     ours, upstream = (ranks(1).run(function, "TP1PP1", "local", FORMATS[:2], True)[0] for function in (_ours, _upstream))
@@ -179,6 +182,7 @@ def test_every_layout_finds_the_single_ranks_scales(ranks, single, name, formats
 
 
 @pytest.mark.ranks
+@pytest.mark.wide
 def test_upstream_finds_others_under_tensor_parallelism(ranks, single):
     """Turns red when upstream's ranks agree on statistics and losses instead of averaging scales."""
     upstream = ranks(2).run(_upstream, "TP2PP1", "te", FORMATS[:1])
@@ -250,6 +254,7 @@ def _state(search):
 
 
 @pytest.mark.ranks
+@pytest.mark.wide
 def test_what_modelopt_saves_is_what_its_own_search_leaves(ranks):
     (modes, state, names), (upstream_modes, upstream_state, upstream_names) = (ranks(1).run(_state, who)[0] for who in ("ours", "theirs"))
     assert [mode for mode in modes if mode != "_no_calibrate"] == upstream_modes

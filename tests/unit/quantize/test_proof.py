@@ -52,7 +52,7 @@ def _prove(chunks, folder, change=None, dtype=None):
     return reports[0]
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [None, pytest.param(torch.bfloat16, marks=pytest.mark.wide)])
 @pytest.mark.parametrize("algorithm", ["fp8", "int8_sq", "int4_awq", "w4a8_awq", "nvfp4", "mxfp8"])
 def test_an_export_is_proven_and_the_model_is_untouched(model, tmp_path, algorithm, dtype):
     chunks = model(algorithm)
@@ -175,7 +175,7 @@ def _prove_at(name, folder, algorithms, change=None):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("layout", ["TP2", "PP2", *(pytest.param(name, marks=pytest.mark.wide) for name in ("TP2PP2", "DP2", "CP2"))])
+@pytest.mark.parametrize("layout", ["PP2", *(pytest.param(name, marks=pytest.mark.wide) for name in ("TP2", "TP2PP2", "DP2", "CP2"))])
 def test_exports_are_proven_at_every_layout(ranks, tmp_path, layout):
     first, *others = ranks(Topology.from_name(layout).world_size).run(_prove_at, layout, str(tmp_path), ["int8_sq", "int4_awq"])
     assert all(other == first for other in others)

@@ -132,7 +132,8 @@ def test_bits_of_one_rank(single):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("layout", ["TP2PP1", "TP1PP2", *(pytest.param(n, marks=pytest.mark.wide) for n in ("TP2PP2", "DP2", "TP2PP1SP"))])
+@pytest.mark.wide
+@pytest.mark.parametrize("layout", ["TP2PP1", "TP1PP2", "TP2PP2", "DP2", "TP2PP1SP"])
 def test_every_layout_gives_the_single_ranks_numbers(ranks, single, layout):
     for results in ranks(Topology.from_name(layout).world_size).run(_measure, layout, CASES):
         for case, result in results.items():

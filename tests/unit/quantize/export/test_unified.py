@@ -115,7 +115,7 @@ def _export_at(name, folder, algorithms):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("layout", ["TP2", "PP2", pytest.param("TP2PP2", marks=pytest.mark.wide)])
+@pytest.mark.parametrize("layout", ["PP2", pytest.param("TP2", marks=pytest.mark.wide), pytest.param("TP2PP2", marks=pytest.mark.wide)])
 def test_files_do_not_depend_on_the_layout(ranks, exported, tmp_path, layout):
     ranks(Topology.from_name(layout).world_size).run(_export_at, layout, str(tmp_path), WEIGHTS_EQUAL)
     for algorithm in WEIGHTS_EQUAL:
