@@ -53,7 +53,7 @@ def pytest_testnodedown(node):
 def pytest_terminal_summary(terminalreporter, config):
     """Says which tests did not run, and how to run them."""
     if count := config.stash.get(_LEFT_OUT, 0):
-        terminalreporter.write_line(f"{count} wide tests (layouts, commands) run in tests/functional/L2_Layouts.sh, or by: pytest tests/unit -m wide")
+        terminalreporter.write_line(f"{count} wide tests are left to tests/functional/L2_Layouts.sh (here: pytest tests/unit -m wide)")
 
 
 def pytest_collection_finish():

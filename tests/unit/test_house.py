@@ -22,10 +22,12 @@ ALLOWED = {
     "parallel": FOUNDATION | {"models"},
     **dict.fromkeys(TOOLS, FOUNDATION | TOOLS),
     "pages": set(),
+    "perf": {"errors", "device", "pages"},
     **dict.fromkeys({"quantize", "prune", "distill"}, FOUNDATION | TOOLS | {"pages"}),
     "api": FOUNDATION | TOOLS | {"quantize", "prune", "distill", "pages"},
     "forked": {"errors"},
-    "launch": FOUNDATION | {"forked"},
+    "stacks": set(),
+    "launch": FOUNDATION | {"forked", "stacks"},
 }
 
 
