@@ -1,0 +1,300 @@
+"""All that a reader is told of a run: each figure beside its verdict and its history, whatever form it is then written in.
+
+Decisions:
+- A judgement is anything with the fields of `Judged` and its verdict is compared as words, so this half knows nothing of how one is made.
+- Nothing is left out: a judged series that the run lacks has a row, and so has a figure that nobody judged.
+- Runs are numbered from 1, the oldest; a change is told with the two commits around it and what changed in the environment between them.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Literal, Protocol
+
+from nemo_opt.errors import DataError
+from nemo_opt.perf.record import Figure, Record
+
+__all__ = ["VERDICTS", "Between", "Judged", "Level", "Point", "Report", "Row", "commit", "differences"]
+
+VERDICTS = {
+    "REGRESSION": "regression",
+    "MISSING": "missing",
+    "ENV_CHANGED": "environment changed",
+    "INCONCLUSIVE": "inconclusive",
+    "IMPROVEMENT": "improvement",
+    "NO_BASELINE": "no baseline",
+    "OK": "ok",
+}
+"""Those that there are, in the order in which a reader wants them, and how they are called."""
+
+_BAD = frozenset({"REGRESSION", "MISSING"})
+_DECIDED = frozenset({"OK", "IMPROVEMENT"})
+
+
+class Between(Protocol):
+    """Two runs, between which something changed."""
+
+    @property
+    def before(self) -> Record:
+        """The last of the old level."""
+
+    @property
+    def after(self) -> Record:
+        """The first of the new one."""
+
+
+class Judged(Protocol):
+    """What was decided of one series."""
+
+    @property
+    def series(self) -> str:
+        """As of `Figure.series`."""
+
+    @property
+    def verdict(self) -> str:
+        """One of `VERDICTS`; case does not matter."""
+
+    @property
+    def change(self) -> float | None:
+        """`value / baseline - 1`."""
+
+    @property
+    def baseline(self) -> float | None:
+        """What the value is compared with."""
+
+    @property
+    def value(self) -> float | None:
+        """Of this run."""
+
+    @property
+    def n(self) -> int:
+        """Runs that the verdict rests upon."""
+
+    @property
+    def reason(self) -> str:
+        """Why, for a person."""
+
+    @property
+    def at(self) -> Between | Record | None:
+        """Where the change began: the first run of the new level, alone or with the one before it."""
+
+
+class Level(Protocol):
+    """A new level that a person accepted: a series is compared with what came after it."""
+
+    def covers(self, series: str) -> bool:
+        """Whether it is one of this series."""
+
+    def start(self, records: Sequence[Record]) -> str | None:
+        """When it starts, as of `Record.started`; None where that is before all runs, or not known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A value of a series."""
+
+    run: int
+    """From 1."""
+    value: float
+    """Of its figure."""
+    record: Record
+    """The run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A series and what is known of it."""
+
+    series: str
+    """As of `Figure.series`."""
+    figure: Figure | None
+    """Of this run; None where it is missing."""
+    last: Figure | None
+    """The newest that there is, for its unit and its goal."""
+    verdict: str
+    """One of `VERDICTS`."""
+    judged: Judged | None
+    """None where nobody judged it."""
+    points: tuple[Point, ...]
+    """Of all runs, oldest first, this one at the end."""
+    changed: int | None
+    """The run where the change began."""
+    attribution: str
+    """What lies between that run and the one before it; empty without a change."""
+    environments: tuple[tuple[int, str], ...]
+    """(run, what differs from the run before it in the series)."""
+    levels: tuple[int, ...]
+    """Runs at which an accepted level starts."""
+
+    @property
+    def names(self) -> tuple[str, str, str]:
+        """Bench, case and metric."""
+        bench, case, metric = (*self.series.split("/"), "", "")[:3]
+        return bench, case, metric
+
+    @property
+    def change(self) -> float | None:
+        """The judgement's, where it is a number."""
+        return None if self.judged is None else _finite(self.judged.change)
+
+    @property
+    def baseline(self) -> float | None:
+        """The judgement's, where it is a number."""
+        return None if self.judged is None else _finite(self.judged.baseline)
+
+    @property
+    def reason(self) -> str:
+        """The judgement's."""
+        return "nobody judged it" if self.judged is None else self.judged.reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """A run, older ones, and what was decided."""
+
+    record: Record
+    """The run."""
+    older: Sequence[Record] = ()
+    """Of the same platform; the run itself and what is not older is left out, as the judge does."""
+    judgements: Sequence[Judged] = ()
+    """At most one for each series."""
+    levels: Sequence[Level] = ()
+    """Accepted ones."""
+
+    def __post_init__(self) -> None:
+        if foreign := sorted({one.platform for one in self.older} - {self.record.platform}):
+            raise DataError(f"a run of {self.record.platform} beside those of {', '.join(foreign)}: give the runs of one platform")
+        names = [one.series for one in self.judgements]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise DataError(f"judged twice: {', '.join(twice)}")
+        for one in self.judgements:
+            _verdict(one)
+
+    @cached_property
+    def runs(self) -> tuple[Record, ...]:
+        """All, oldest first, this one at the end."""
+        return (*sorted((one for one in self.older if one.name < self.record.name), key=lambda one: one.name), self.record)
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """Worst first; of regressions and improvements the largest first."""
+        judged = {one.series: one for one in self.judgements}
+        figures = [run.by_series() for run in self.runs]
+        rows = [self._row(series, figures, judged.get(series)) for series in dict.fromkeys([*judged, *figures[-1]])]
+        return tuple(sorted(rows, key=_order))
+
+    def _row(self, series: str, figures: Sequence[Mapping[str, Figure]], judged: Judged | None) -> Row:
+        found = [(number, of_run[series]) for number, of_run in enumerate(figures, start=1) if series in of_run]
+        points = tuple(Point(run=number, value=figure.value, record=self.runs[number - 1]) for number, figure in found)
+        before, after = _around(judged, points)
+        changed = None if after is None else self._number(after)
+        starts = [level.start(self.runs) for level in self.levels if level.covers(series)]
+        started = [next((point.run for point in points if start and point.record.started >= start), None) for start in starts]
+        steps = [(now.run, ", ".join(differences(before.record, now.record))) for before, now in pairwise(points)]
+        return Row(
+            series=series,
+            figure=figures[-1].get(series),
+            last=found[-1][1] if found else None,
+            verdict="NO_BASELINE" if judged is None else _verdict(judged),
+            judged=judged,
+            points=points,
+            changed=changed,
+            attribution=_attribution(before, after, changed),
+            environments=tuple((number, words) for number, words in steps if words),
+            levels=tuple(sorted({number for number in started if number is not None})),
+        )
+
+    def _number(self, run: Record) -> int | None:
+        return next((number for number, one in enumerate(self.runs, start=1) if one.name == run.name), None)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many rows have each verdict, worst first; only those that occur."""
+        verdicts = [row.verdict for row in self.rows]
+        return {verdict: verdicts.count(verdict) for verdict in VERDICTS if verdict in verdicts}
+
+    @property
+    def goals(self) -> tuple[int, int]:
+        """(reached, all) among this run's figures."""
+        told = [figure.reached for figure in self.record.figures if figure.reached is not None]
+        return sum(told), len(told)
+
+    @property
+    def good(self) -> bool:
+        """Whether there are figures, none regressed or is missing, and no benchmark failed."""
+        return bool(self.rows) and not _BAD & self.counts.keys() and not self.record.failed
+
+    @property
+    def outcome(self) -> Literal["good", "undecided", "not good"]:
+        """In a word; undecided where a figure has no verdict that could be a pass."""
+        if not self.good:
+            return "not good"
+        return "good" if self.counts.keys() <= _DECIDED else "undecided"
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        told = ", ".join(_counted(number, verdict) for verdict, number in self.counts.items())
+        reached, goals = self.goals
+        failed = len(self.record.failed)
+        parts = [f"{len(self.rows)} {'figure' if len(self.rows) == 1 else 'figures'}: {told}" if told else "no figures"]
+        parts += [f"{reached} of {goals} goals reached"] if goals else []
+        parts += [f"{failed} {'benchmark' if failed == 1 else 'benchmarks'} failed"] if failed else []
+        return "; ".join(parts)
+
+
+def differences(before: Record, after: Record) -> list[str]:
+    """What changed in the environment, such as `torch 2.10 -> 2.11`; what one of the two runs does not know is no change."""
+    known = [name for name in after.environment if name in before.environment]
+    pairs = [(name, before.environment[name], after.environment[name]) for name in known]
+    return [f"{name} {old or 'none'} -> {new or 'none'}" for name, old, new in pairs if old != new]
+
+
+def commit(record: Record) -> str:
+    """Seven digits, and a plus where the sources differ from the commit."""
+    return (record.commit[:7] or "no commit") + ("+" if record.dirty else "")
+
+
+def _around(judged: Judged | None, points: Sequence[Point]) -> tuple[Record | None, Record | None]:
+    """The runs before and after the change; the one before is that which measured the series, not just any."""
+    if judged is None or judged.at is None:
+        return None, None
+    if not isinstance(judged.at, Record):
+        return judged.at.before, judged.at.after
+    after = judged.at
+    return next((point.record for point in reversed(points) if point.record.name < after.name), None), after
+
+
+def _attribution(before: Record | None, after: Record | None, changed: int | None) -> str:
+    if after is None:
+        return ""
+    where = f"change at run {changed}" if changed is not None else f"change at the run of {after.started}, which is not among these"
+    if before is None:
+        return f"{where}: {commit(after)}, the first of this series"
+    same = before.commit == after.commit and not before.dirty and not after.dirty
+    commits = f"both runs are of {commit(after)}" if same else f"{commit(before)}..{commit(after)}"
+    environment = ", ".join(differences(before, after))
+    return f"{where}: {commits}" + (f", {environment} in the same step" if environment else "")
+
+
+def _verdict(judged: Judged) -> str:
+    verdict = str(judged.verdict).upper().replace(" ", "_")
+    if verdict not in VERDICTS:
+        raise DataError(f"{judged.series}: a verdict of {judged.verdict!r}; there are {', '.join(VERDICTS)}")
+    return verdict
+
+
+def _counted(number: int, verdict: str) -> str:
+    plural = "s" if number > 1 and verdict in ("REGRESSION", "IMPROVEMENT") else ""
+    return f"{number} {VERDICTS[verdict]}{plural}"
+
+
+def _order(row: Row) -> tuple[int, float, str]:
+    size = abs(row.change or 0.0) if row.verdict in ("REGRESSION", "IMPROVEMENT") else 0.0
+    return list(VERDICTS).index(row.verdict), -size, row.series
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
