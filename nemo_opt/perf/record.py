@@ -63,6 +63,8 @@ class Figure:
     def __post_init__(self) -> None:
         if not math.isfinite(self.value):
             raise DataError(f"{self.series}: a figure of {self.value}: its benchmark is broken")
+        if self.kind in ("ratio", "time") and self.value <= 0:
+            raise DataError(f"{self.series}: a {self.kind} of {self.value} cannot be compared: times are positive")
         if any("/" in name or not name.strip() for name in (self.bench, self.case, self.metric)):
             raise DataError(f"{self.series}: bench, case and metric need words, without a slash")
 
