@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from nemo_opt import __version__
-from nemo_opt.cli import models, recipes, upkeep
+from nemo_opt.cli import bench, models, recipes, upkeep
 from nemo_opt.cli.run import exit_code_of
 
 __all__ = ["app", "main"]
@@ -22,6 +22,7 @@ app = typer.Typer(
 models.register(app)
 recipes.register(app)
 upkeep.register(app)
+bench.register(app)
 
 
 def _print_version(wanted: bool) -> None:

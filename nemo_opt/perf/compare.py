@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -68,9 +68,9 @@ def measurements(pulse: Path, only: str = "") -> list[Measurement]:
         ConfigError: There are none.
 
     """
-    # Its module imports nothing of ours, so it can be run here.
-    listing = f"import sys; sys.path.insert(0, {str(pulse.parent)!r}); import pulse\nfor p in pulse.PULSES: print(p.bench, p.case, sep='\\t')"
-    lines = subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
+    listing = "import pulse\nfor p in pulse.PULSES: print(p.bench, p.case, sep='\\t')"
+    command = [sys.executable, "-c", listing]
+    lines = subprocess.run(command, cwd=pulse.parent, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
     found = [Measurement(number=i, bench=line.split("\t")[0], case=line.split("\t")[1]) for i, line in enumerate(lines)]
     chosen = [one for one in found if only.lower() in f"{one.bench}, {one.case}".lower()]
     if not chosen:
@@ -87,7 +87,7 @@ def compare(
     *,
     exact: Path | None = None,
     accepted: Sequence[Accepted] = (),
-    tick: Callable[[str], object] = lambda what: None,
+    tick: Callable[[], object] = lambda: None,
 ) -> Comparison:
     """Measures and judges.
 
@@ -98,18 +98,17 @@ def compare(
         chosen: Its measurements that count.
         exact: The benchmarks of counts; None leaves them out.
         accepted: Entries that the change adds.
-        tick: Called with a word on what has been done.
+        tick: Called after each pair.
 
     Raises:
         DuelError: A tree cannot be measured.
 
     """
     same = counts(base, head, exact) if exact else ((), ())
-    tick("counts")
     numbers = [one.number for one in chosen]
     pairs: dict[int, list[Pair]] = {number: [] for number in numbers}
     for wanted in (MIN_PAIRS, MORE_PAIRS):
-        more = duel(base, head, pulse, numbers, wanted - MIN_PAIRS or MIN_PAIRS, tick=lambda: tick("pair"))
+        more = duel(base, head, pulse, numbers, wanted - MIN_PAIRS or MIN_PAIRS, tick=tick)
         for number, found in more.items():
             pairs[number] += found
         records = [_records(tree, chosen, pairs, side, same[side], wanted) for side, tree in enumerate((base, head))]
@@ -123,11 +122,22 @@ def compare(
 def _records(
     tree: Tree, chosen: Sequence[Measurement], pairs: Mapping[int, Sequence[Pair]], side: int, same: Sequence[Figure], count: int
 ) -> list[Record]:
-    started = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    facts = {"platform": platform_key(), "environment": environment(), "load": (os.getloadavg()[0],) * 2, "started": started}
-    facts |= {"commit": tree.sources.commit, "dirty": tree.sources.dirty, "subject": tree.sources.subject}
+    run = Record(
+        started=datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ"),
+        commit=tree.sources.commit,
+        dirty=tree.sources.dirty,
+        subject=tree.sources.subject,
+        platform=platform_key(),
+        environment=environment(),
+        load=(os.getloadavg()[0], os.getloadavg()[0]),
+        figures=(),
+    )
     return [
-        Record(**facts, figures=(*same, *(_figure(one, pairs[one.number][i], side, clock) for one in chosen for clock in CLOCKS)))
+        replace(
+            run,
+            run_id=f"{i:08x}",
+            figures=(*same, *(_figure(one, pairs[one.number][i], side, clock) for one in chosen for clock in CLOCKS)),
+        )
         for i in range(count)
     ]
 

@@ -105,12 +105,11 @@ def _server(tree: Tree, pulse: Path) -> Iterator["_Server"]:
     environment = os.environ | {"PYTHONPATH": str(tree.root), "NEMO_OPT_FORK_SERVER": "", "PYTHONDONTWRITEBYTECODE": ""}
     with tempfile.TemporaryFile() as log:
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log, "text": True}
-        process = subprocess.Popen([sys.executable, str(pulse)], cwd=tree.root, env=environment, **pipes)
-        try:
-            yield _Server(tree, process, log)
-        finally:
-            process.kill()
-            process.wait()
+        with subprocess.Popen([sys.executable, str(pulse)], cwd=tree.root, env=environment, **pipes) as process:
+            try:
+                yield _Server(tree, process, log)
+            finally:
+                process.kill()
 
 
 class _Server:

@@ -79,7 +79,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     from nemo_opt.perf.report import Report
     from nemo_opt.perf.terminal import show
 
-    show(Report(record=run, older=[], judgements=[]))
+    show(Report(record=run, older=[], judgements=[]), judged=False)
     if folder := config.option.record_to:
         terminalreporter.write_line(f"recorded in {record.write(run, folder)}")
 
@@ -87,6 +87,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 def _record(config: pytest.Config) -> Record:
     started, start, load = config.stash[_START]
     measured = sources.sources(ROOT)
+    figures, failed = config.stash[_FIGURES], config.stash[_FAILED]
     return Record(
         started=started.strftime("%Y%m%dT%H%M%SZ"),
         commit=measured.commit,
@@ -94,8 +95,8 @@ def _record(config: pytest.Config) -> Record:
         subject=measured.subject,
         platform=platform.platform_key(),
         environment=platform.environment(),
-        figures=tuple(config.stash[_FIGURES]),
-        failed=tuple(dict.fromkeys(config.stash[_FAILED])),
+        figures=tuple(figures),
+        failed=tuple(dict.fromkeys(failed)),
         short=config.option.markexpr == "not wide",
         time_s=time.monotonic() - start,
         load=(load, os.getloadavg()[0]),

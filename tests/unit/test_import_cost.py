@@ -20,6 +20,11 @@ COMMANDS = [
     "suite",
     "suite run",
     "suite list",
+    "bench",
+    "bench run",
+    "bench compare",
+    "bench history",
+    "bench report",
 ]
 
 REPORT = f"""
@@ -48,7 +53,7 @@ def test_every_help_in_one_process():
     )
     code, heavy, output = loaded_by("from nemo_opt.cli import main" + calls)
     assert (code, heavy) == (0, []), output
-    assert output.count("Example:") == len([c for c in COMMANDS if c not in ("fixtures", "suite")])
+    assert output.count("Example:") == len([c for c in COMMANDS if c not in ("fixtures", "suite", "bench")])
     assert "--tp" in output
 
 
