@@ -1,7 +1,8 @@
 """The calibration loop: a forward pass over batches on any layout, in which nothing but real tokens is measured.
 
 Decisions: documents that share a row do not attend to each other (`nemo_opt.training.forward`), padding enters no statistic
-(`nemo_opt.quantize.masking`), and the output layer is left out where no quantizer looks at it.
+(`nemo_opt.quantize.masking`), the output layer is left out where no quantizer looks at it, and maxima are collected in one pass over each
+activation and none over weights that are known (`nemo_opt.quantize.maxima`).
 """
 
 import time
@@ -17,6 +18,7 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 
 from nemo_opt.models.sizes import unwrap
 from nemo_opt.quantize.masking import padding_masked
+from nemo_opt.quantize.maxima import quick_maxima
 from nemo_opt.training.forward import Batch, ForwardLoop, forward_loop
 
 __all__ = ["CalibrationLoop", "CalibrationReport", "calibration_loop"]
@@ -59,7 +61,8 @@ class CalibrationLoop:
     def __call__(self, model: torch.nn.Module) -> None:
         """Shows all batches to the model; collective."""
         start = time.perf_counter()
-        self._loops[_head_is_unseen(model)](model)
+        with quick_maxima(model):
+            self._loops[_head_is_unseen(model)](model)
         self._time_s += time.perf_counter() - start
         self._passes += 1
 

@@ -1,5 +1,6 @@
 """What calibration measures is real tokens, each document by itself: on every layout, for dense models and experts, and not upstream."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -329,6 +330,7 @@ def test_the_head_is_skipped_where_no_quantizer_looks(place, model, unseen):
     ran = []
     with (
         patch.object(calibration, "unwrap", lambda model: model),
+        patch.object(calibration, "quick_maxima", nullcontext),
         patch.object(calibration, "forward_loop", lambda batches, **how: lambda model: ran.append((batches, how, model))),
     ):
         loop = calibration_loop(_rows())
@@ -345,6 +347,7 @@ def test_time_is_the_sum_of_all_passes(place):
     clock = iter([10.0, 10.5, 20.0, 22.0])
     with (
         patch.object(calibration, "_head_is_unseen", lambda model: False),
+        patch.object(calibration, "quick_maxima", nullcontext),
         patch.object(calibration.time, "perf_counter", lambda: next(clock)),
     ):
         loop = calibration_loop(_rows())
