@@ -1,9 +1,18 @@
-"""A training step of distillation beside ModelOpt's plugin, and beside the student's own step plus the teacher's forward pass (the limit).
+"""A training step of distillation beside ModelOpt's plugin, and beside the student's own step plus the teacher's forward pass.
 
 All run in the same processes, interleaved and in rotating order; each time is that between two barriers, so it is the slowest rank's.
 The same weights, samples, wrapper and optimizer: ModelOpt's model is driven as Megatron-LM drives it. Asserted is that both compute the
-same loss and the same gradients; ratios are recorded beside their goals. Time is taken where the CPU's allocator keeps freed pages
+same loss and the same gradients; figures stand beside their goals. Time is taken where the CPU's allocator keeps freed pages
 (benchmarks/conftest.py); memory is taken after it, where it returns them. Idle is time inside messages between pipeline stages.
+
+Limits, as shares of ModelOpt's time:
+- without pipeline stages: the student's step and the teacher's forward pass, one after the other, of the same turn;
+- over pipeline stages: that work without a bubble and spread evenly, (sum over ranks of time not spent in messages between stages) / ranks.
+  The contender is again the two models one after the other, whose own two bubbles are thus left out. What the last stage does once for all
+  (the logits) counts as work that could be spread. Messages themselves cost something: no schedule reaches it wholly.
+
+At 128 tokens a short step at TP1PP1 took 0.28 s, of which 0.12 s remained at 8 tokens: launching operations and the optimizer. So the
+short set has 256 tokens; what does not grow with them is, reckoned from these, a quarter of its step. The full size computes far more.
 """
 
 import statistics
@@ -13,20 +22,24 @@ from functools import partial
 
 import pytest
 
+from nemo_opt.perf.interleave import ratios
+
 LAYOUTS = {"TP1PP1": {}, "TP2PP1": {"tp": 2}, "TP1PP2": {"pp": 2}}
 SHAPES = {
-    # a student of 10.5 million parameters and a teacher of 33.6, twice as wide: products of matrices take nearly all of the time
+    # a student of 10.5 million parameters and, twice as wide, a teacher of 33.6: products of matrices take nearly all of the time
     "full": {"hidden": 256, "layers": 8, "vocabulary": 8192, "seq": 256, "rounds": 6},
-    "short": {"hidden": 128, "layers": 4, "vocabulary": 4096, "seq": 128, "rounds": 6},
+    # for many numbers of micro-batches and sizes of the teacher
+    "sweep": {"hidden": 128, "layers": 8, "vocabulary": 4096, "seq": 128, "rounds": 4},
+    "short": {"hidden": 128, "layers": 4, "vocabulary": 4096, "seq": 256, "rounds": 6},
 }
 MICRO_BATCH = 2
 PAIRS = {"logits": (), "hidden": (("decoder.final_layernorm", "decoder.final_layernorm"),)}
 """What is learnt: the logits, or hidden states too, of the last stage, since ModelOpt compares no others."""
 GOALS = {"ModelOpt": 1.0, "limit": {"TP1PP1": 1.0}}
-"""Of their time. Over pipeline stages two passes one after the other have two bubbles, so the limit is none there."""
+"""Of their time. Over pipeline stages two passes one after the other have two bubbles, so they are no goal there."""
 
 
-def compare(layout, pairs, microbatches, hidden, layers, vocabulary, seq, rounds):
+def compare(layout, pairs, microbatches, teacher_width, hidden, layers, vocabulary, seq, rounds):
     """Seconds of each turn and bytes of each contender on this rank, after they were seen to compute the same."""
     import torch
 
@@ -47,7 +60,7 @@ def compare(layout, pairs, microbatches, hidden, layers, vocabulary, seq, rounds
     )
     batches = _batches(microbatches, seq, vocabulary)
     with parallel(Topology(**layout)) as topology:
-        models = sizes(hidden), sizes(2 * hidden)
+        models = sizes(hidden), sizes(teacher_width * hidden)
         runs, contenders = {}, {}
         for name, make in (("ours", _ours), ("ModelOpt", _modelopts), ("limit", _limit)):
             runs[name], contenders[name] = make(topology, training, *models, pairs, batches)
@@ -251,50 +264,76 @@ def _time_s(step):
     return time.perf_counter() - start
 
 
+CASES = [
+    ("short", "logits", 4, 2),
+    *(("full", *case) for case in (("logits", 4, 2), ("logits", 8, 2), ("hidden", 4, 2))),
+    *(("sweep", "logits", microbatches, width) for microbatches in (4, 8, 16) for width in (1, 2, 4)),
+]
+"""Size, what is learnt, micro-batches, and how many times as wide as the student the teacher is."""
+WITHOUT_STAGES = {(4, 1), (4, 4), (16, 2)}
+"""Micro-batches and teachers of the sweep that layouts without pipeline stages have, where no bubble depends on them."""
+
+
+def _cases():
+    for layout in LAYOUTS:
+        for shape, *others in CASES:
+            if shape != "sweep" or layout == "TP1PP2" or (others[1], others[2]) in WITHOUT_STAGES:
+                yield pytest.param(layout, shape, *others, marks=[] if shape == "short" else pytest.mark.wide)
+
+
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    ("shape", "learns", "microbatches"),
-    [
-        ("short", "logits", 4),
-        *(pytest.param("full", *case, marks=pytest.mark.wide) for case in (("logits", 4), ("logits", 8), ("hidden", 4))),
-    ],
-)
-def test_distillation_step(benchmark, ranks, layout, shape, learns, microbatches):
+@pytest.mark.parametrize(("layout", "shape", "learns", "microbatches", "teacher_width"), list(_cases()))
+def test_distillation_step(benchmark, figure, ranks, layout, shape, learns, microbatches, teacher_width):
     axes = LAYOUTS[layout]
     pool = ranks(max(axes.values(), default=1))
-    arguments = {"layout": axes, "pairs": PAIRS[learns], "microbatches": microbatches, **SHAPES[shape], "timeout_s": 800.0}
+    sizes = {"microbatches": microbatches, "teacher_width": teacher_width, **SHAPES[shape]}
+    arguments = {"layout": axes, "pairs": PAIRS[learns], **sizes, "timeout_s": 800.0}
     everyone = benchmark.pedantic(pool.run, args=(compare,), kwargs=arguments, rounds=1)
+    case = f"{layout}, {shape}, {learns}, {microbatches} micro-batches, teacher {teacher_width}x"
+    hand_in = partial(figure, bench="distillation step", case=case)
+    _hand_in_times(hand_in, everyone, layout)
+    for other, peer in _PEERS.items():
+        shares = [rank["memory"]["ours"] / rank["memory"][other] for rank in everyone]
+        goal = GOALS["ModelOpt"] if other == "ModelOpt" else None
+        memory = {"kind": "memory", "unit": "", "peer": peer, "peer_value": 1.0, "goal": goal}
+        hand_in(metric=f"memory of {_OF[other]}, worst rank", value=max(shares), **memory)
+
+
+_PEERS = {"ModelOpt": "ModelOpt's plugin", "limit": "student step + teacher forward"}
+_OF = {"ModelOpt": "ModelOpt's", "limit": "student step and teacher forward"}
+
+
+def _hand_in_times(hand_in, everyone, layout):
     times_s = everyone[0]["time"]
     # Of all ranks together: waiting does not count, and other load on the machine decides less.
-    processor_s = {name: [sum(turn) for turn in zip(*(rank["processor"][name] for rank in everyone), strict=True)] for name in times_s}
-    ratios = {kind: {other: _ratio(values, other) for other in _OTHERS} for kind, values in (("time", times_s), ("processor", processor_s))}
-    memory = {other: [rank["memory"]["ours"] / rank["memory"][other] for rank in everyone] for other in _OTHERS}
-    idle = {
-        name: [statistics.median(i / t for i, t in zip(rank["idle"][name], times_s[name], strict=True)) for rank in everyone]
-        for name in times_s
-    }
-    benchmark.extra_info.update(ratios, idle=idle, memory=memory, ours_s=statistics.median(times_s["ours"]))
-    goal = f" (goal {GOALS['limit'][layout]})" if layout in GOALS["limit"] else ""
-    print(
-        f"\ndistillation step {layout}, {shape}, {learns}, {microbatches} micro-batches, {statistics.median(times_s['ours']):.2f} s; beside"
-    )
-    print(f"  ModelOpt (goal {GOALS['ModelOpt']}): time {_listed(ratios, 'ModelOpt')}; memory of each rank {_numbers(memory['ModelOpt'])}")
-    print(f"  student step + teacher forward{goal}: time {_listed(ratios, 'limit')}; memory of each rank {_numbers(memory['limit'])}")
-    if axes.get("pp", 1) > 1:
-        print(f"  idle share of each rank: ours {_numbers(idle['ours'])}; ModelOpt {_numbers(idle['ModelOpt'])}")
+    processor_s = {name: _over_ranks(everyone, lambda rank, name=name: rank["processor"][name]) for name in times_s}
+    is_piped = "PP2" in layout
+    work_s = _work_s(everyone) if is_piped else times_s["limit"]
+    limit = statistics.median(ratios(work_s, times_s["ModelOpt"]))
+    for other, peer in _PEERS.items():
+        goal = GOALS["ModelOpt"] if other == "ModelOpt" else GOALS["limit"].get(layout)
+        common = {"peer": peer, "peer_value": 1.0, "goal": goal}
+        hand_in(
+            metric=f"time of {_OF[other]}",
+            samples=ratios(times_s["ours"], times_s[other]),
+            limit=limit if other == "ModelOpt" else None if is_piped else 1.0,
+            **common,
+        )
+        hand_in(metric=f"processor time of {_OF[other]}", samples=ratios(processor_s["ours"], processor_s[other]), **common)
+    if is_piped:
+        for number, rank in enumerate(everyone):
+            idle = {name: ratios(rank["idle"][name], times_s[name]) for name in ("ours", "ModelOpt")}
+            peer = {"peer": _PEERS["ModelOpt"], "peer_value": statistics.median(idle["ModelOpt"])}
+            hand_in(metric=f"idle share of rank {number}", samples=idle["ours"], **peer, limit=0.0)
 
 
-_OTHERS = ("ModelOpt", "limit")
+def _over_ranks(everyone, of_rank):
+    """Turn by turn, the sum."""
+    return [sum(turn) for turn in zip(*map(of_rank, everyone), strict=True)]
 
 
-def _ratio(values, other):
-    return statistics.median(mine / theirs for mine, theirs in zip(values["ours"], values[other], strict=True))
-
-
-def _listed(ratios, other):
-    return f"{ratios['time'][other]:.2f}, of the processors {ratios['processor'][other]:.2f}"
-
-
-def _numbers(values):
-    return ", ".join(f"{value:.2f}" for value in values)
+def _work_s(everyone):
+    """Of the two models one after the other, a rank's share if no rank waited for another."""
+    times_s = everyone[0]["time"]["limit"]
+    idle_s = _over_ranks(everyone, lambda rank: rank["idle"]["limit"])
+    return [time_s - idle / len(everyone) for time_s, idle in zip(times_s, idle_s, strict=True)]

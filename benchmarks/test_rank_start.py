@@ -1,8 +1,9 @@
 """What it costs to have a small job done on two ranks: by a pool that is warm, through the fork server, and by a cold torchrun.
 
 All three do the same job in one run of this benchmark: they set up Megatron-Core's groups at TP2, sum over the tensor parallel ranks and
-return the sum; the results must be equal. Times are a user's, from the call to its result, the median of each kind; the goal is that each
-of the two takes less than 3 % of the cold start. What warms up (imports of the pool's ranks and of the server) is not in them.
+return the sum; the results must be equal. Times are a user's, from the call to its result; cold starts and those through the server are
+interleaved. The goal is that each of the two takes at most 3 % of a cold start. What warms up (imports of the pool's ranks and of the
+server) is not in them; what two processes need to be forked and to meet is the limit, 0.42 s of 17.3 s.
 """
 
 import json
@@ -15,7 +16,7 @@ from nemo_opt.launch import run_ranks
 from nemo_opt.testing.fork_server import ForkServer
 
 COLD, WARM = 2, 10
-GOAL = 0.03
+GOAL, LIMIT = 0.03, 0.024
 
 JOB = """
 import json, os, sys
@@ -60,7 +61,7 @@ def _reduce(folder):
     return reduce()
 
 
-def test_ranks_that_are_warm_beside_ranks_that_are_cold(benchmark, ranks, tmp_path, monkeypatch):
+def test_ranks_that_are_warm_beside_ranks_that_are_cold(benchmark, figure, ranks, tmp_path, monkeypatch):
     (tmp_path / "rank_job.py").write_text(JOB)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # before the server starts: ranks import with the server's path
     result = tmp_path / "result.json"
@@ -87,9 +88,7 @@ def test_ranks_that_are_warm_beside_ranks_that_are_cold(benchmark, ranks, tmp_pa
 
     assert sums == [[3.0, 3.0]] * (COLD + WARM + 2 * WARM)
     cold_s = statistics.median(times_s["cold"])
-    print(f"\na job on two ranks, cold by torchrun: {cold_s:.2f} s")
-    benchmark.extra_info.update(cold_s=cold_s, goal=GOAL)
-    for kind, words in (("pool", "by a warm pool"), ("server", "through the fork server")):
-        kind_s = statistics.median(times_s[kind])
-        benchmark.extra_info.update({f"{kind}_s": kind_s, f"{kind}_ratio": kind_s / cold_s})
-        print(f"{words}: {kind_s:.3f} s, {kind_s / cold_s:.2%} of that (goal: under {GOAL:.0%})")
+    common = {"bench": "start of two ranks", "metric": "time of a cold torchrun's", "peer": "torchrun", "peer_value": 1.0}
+    for kind, case in (("pool", "warm pool"), ("server", "fork server")):
+        figure(**common, case=case, samples=[time_s / cold_s for time_s in times_s[kind]], limit=LIMIT, goal=GOAL)
+    figure(bench="start of two ranks", case="torchrun", metric="time", kind="time", unit="s", samples=times_s["cold"])
