@@ -61,10 +61,10 @@ PLANTED = (
 )
 SLOWER = """
 
-def _slower(batches: Any, **settings: Any) -> Any:
+def _slower(batches, **settings):
     run = forward_loop(batches, **settings)
 
-    def loop(model: Any) -> None:
+    def loop(model):
         for _ in batches:
             for parameter in model.parameters():
                 parameter.detach().double().clone()

@@ -34,6 +34,7 @@ _STYLES = {
     "INCONCLUSIVE": "yellow",
     "NO_BASELINE": "dim",
 }
+_MOST_NEW = 5
 _TABLE_WIDTH = 116
 """Characters below which the nine columns fold into slivers; by looking at the suite's own figures."""
 
@@ -53,15 +54,25 @@ def show(report: Report, console: Console | None = None, *, judged: bool = True)
         console.print(_table(rows, judged=judged))
     elif rows:
         _blocks(console, rows)
-    for row in (row for row in report.rows if row.verdict != "OK" and judged):
-        told = ", ".join(part for part in (words.change(row), row.reason, row.attribution) if part)
-        _line(console, f"{words.verdict(row)}: {row.series}" + (f": {told}" if told else ""), style=_style(row))
+    if judged:
+        _tell(console, [row for row in report.rows if row.verdict != "OK"])
     for name in record.failed:
         _line(console, f"benchmark failed: {name}", style="red")
     if judged:
         _line(console, report.summary, style={"good": "green", "undecided": "yellow", "not good": "red"}[report.outcome])
     else:
         _line(console, "{} figures; {} of {} goals reached".format(len(rows), *report.goals))
+
+
+def _tell(console: Console, rows: list[Row]) -> None:
+    """Why each has its verdict; of a first run none has a baseline, which is told once."""
+    new = [row for row in rows if row.verdict == "NO_BASELINE"]
+    if len(new) > _MOST_NEW:
+        rows = [row for row in rows if row.verdict != "NO_BASELINE"]
+        _line(console, f"no baseline: {len(new)} figures, which need more earlier runs; {new[0].series}: {new[0].reason}", style="dim")
+    for row in rows:
+        told = ", ".join(part for part in (words.change(row), row.reason, row.attribution) if part)
+        _line(console, f"{words.verdict(row)}: {row.series}" + (f": {told}" if told else ""), style=_style(row))
 
 
 def show_history(records: Sequence[Record], only: str, console: Console | None = None) -> int:

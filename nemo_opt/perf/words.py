@@ -100,7 +100,10 @@ def peer(figure: Figure) -> str:
 
 def limit(figure: Figure) -> str:
     """What cannot be passed."""
-    return "" if figure.limit is None else _given(figure.limit, figure)
+    if figure.limit is None:
+        return ""
+    given, measured = _given(figure.limit, figure), number(figure.limit, figure.unit, figure.kind)
+    return min(given, measured, key=len)  # some are measured
 
 
 def goal(figure: Figure) -> str:
