@@ -10,7 +10,8 @@ Decisions:
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from nemo_opt.errors import DataError, NemoOptError
 from nemo_opt.perf.change_point import Values
 from nemo_opt.perf.detector import FRESH_RUNS
 from nemo_opt.perf.history import by_series, read_history
+from nemo_opt.perf.otava import NAME, otava
 from nemo_opt.perf.pairs import judge_pairs
 from nemo_opt.perf.record import Record
 from nemo_opt.perf.rivals import RULES, Draw, Rule
@@ -131,7 +133,7 @@ def _pairs_rule(base: Values, head: Values, pairs: int, most: int) -> bool | Non
 # The simulation -----------------------------------------------------------------------------------------------
 
 
-def power_table(noise: Noise, *, trials: int = 400, runs: int = 30, seed: int = 0) -> list[Row]:
+def power_table(noise: Noise, *, trials: int = 400, runs: int = 30, seed: int = 0, rules: Mapping[str, Rule] = RULES) -> list[Row]:
     """What every rule finds in draws of the noise; the same for the same seed.
 
     Args:
@@ -139,10 +141,11 @@ def power_table(noise: Noise, *, trials: int = 400, runs: int = 30, seed: int = 
         trials: Histories for each slowdown.
         runs: Of a history before the change.
         seed: Of the draws.
+        rules: That judge a history.
 
     """
     rows = []
-    for name, rule in RULES.items():
+    for name, rule in rules.items():
         quiet, five, ten = (_histories(noise, rule, size, trials, runs, seed) for size in (0.0, *SLOWDOWNS))
         rows.append(
             Row(
@@ -229,10 +232,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--trials", type=int, default=400, help="histories for each slowdown (400)")
     parser.add_argument("--runs", type=int, default=30, help="of a history before the change (30)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
+    parser.add_argument("--otava", type=Path, help="python of an environment with apache-otava: one more rival (ci/otava.sh makes it)")
     given = parser.parse_args(arguments)
     try:
         noise = noise_of(read_history(given.folder)) if given.folder else invented_noise()
-        _print(noise, power_table(noise, trials=given.trials, runs=given.runs, seed=given.seed), given.trials)
+        with otava(given.otava) if given.otava else nullcontext() as rival:
+            rules = RULES | ({NAME: rival} if rival else {})
+            rows = power_table(noise, trials=given.trials, runs=given.runs, seed=given.seed, rules=rules)
+        _print(noise, rows, given.trials)
     except NemoOptError as error:
         print(error, file=sys.stderr)
         return 2
@@ -250,7 +257,7 @@ def _print(noise: Noise, rows: Sequence[Row], trials: int) -> None:
         rates = (row.five_at_once, row.five_in_3, row.five_in_6, row.ten_at_once, row.ten_in_3)
         shown = ["-" if rate is None else f"{rate:.0%}" for rate in rates]
         table.add_row(row.rule, f"{row.false_alarm:.1%}", f"{row.inconclusive:.0%}", *shown)
-    Console().print(table)
+    Console(width=None if Console().is_terminal else 150).print(table)
 
 
 if __name__ == "__main__":
