@@ -9,9 +9,10 @@ from typer.testing import CliRunner
 
 from nemo_opt.cli.main import app
 from nemo_opt.errors import ConfigError, DataError
-from nemo_opt.perf import record, tracker
+from nemo_opt.perf import compare, judge, record, tracker
 
 HERE = "a-platform"
+ROOT = Path(__file__).parents[3]
 BENCHMARK = """
 import pytest
 
@@ -44,7 +45,7 @@ def benchmarks(tmp_path):
     def make(value=2.0, *, fails=False):
         folder = tmp_path / "benchmarks"
         folder.mkdir(exist_ok=True)
-        (folder / "conftest.py").write_text((Path(__file__).parents[3] / "benchmarks" / "conftest.py").read_text())
+        (folder / "conftest.py").write_text((ROOT / "benchmarks" / "conftest.py").read_text())
         (folder / "test_it.py").write_text(BENCHMARK.format(value=value, fails=fails))
         return folder
 
@@ -171,3 +172,32 @@ class TestCommands:
         assert code == 0
         assert "12" in said
         assert self.invoke("history", "--output", history, "--only", "no such")[0] == 2
+
+    @pytest.mark.parametrize(("after", "code"), [(1.3, 1), (1.0, 0)])
+    def test_compare(self, run, figure, monkeypatch, tmp_path, after, code):
+        base, head = ([run(i, figure(value + 0.001 * i, kind="time", unit="s")) for i in range(8)] for value in (1.0, after))
+        asked = {}
+
+        def compared(*trees, **settings):
+            asked.update(settings, trees=[str(tree.root) for tree in trees[:2]])
+            settings["tick"]()
+            return compare.Comparison(
+                base=tuple(base), head=tuple(head), judgements=tuple(judge.compare(base, head)), other_results=("step",)
+            )
+
+        monkeypatch.setattr(compare, "measurements", lambda pulse, only: [(pulse, only)])
+        monkeypatch.setattr(compare, "compare", compared)
+        options = ["--benchmarks", tmp_path, "--records", tmp_path / "records", "--markdown", tmp_path / "compare.md"]
+        found, said = self.invoke("compare", ROOT, ROOT, "--no-exact", *options)
+        assert found == code
+        assert ("REGRESSION" in said) == bool(code)
+        assert "computes something else than in the base" in said
+        assert asked["trees"] == [str(ROOT)] * 2
+        assert asked["exact"] is None
+        assert [len(list((tmp_path / "records" / side).glob("*/*.json"))) for side in ("base", "head")] == [8, 8]
+        assert "step" in (tmp_path / "compare.md").read_text()
+
+    def test_what_cannot_be_compared_is_bad_input(self, tmp_path):
+        (tmp_path / "pulse.py").write_text("PULSES = ()")
+        code = CliRunner().invoke(app, ["bench", "compare", "HEAD", "--benchmarks", str(tmp_path)])
+        assert "no measurement's name contains" in str(code.exception)
