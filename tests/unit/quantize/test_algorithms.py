@@ -160,6 +160,20 @@ def _restore(name, cases, folder, spec="te"):
 LAYOUTS = ("TP1PP1", "TP2PP1", "TP1PP2", "TP2PP2")
 
 
+@pytest.fixture(scope="module")
+def saved_at(ranks, tmp_path_factory):
+    """`saved_at(layout, cases)`: rank 0's facts and the folder of checkpoints, made once for each."""
+    made = {}
+
+    def get(layout, cases):
+        if (layout, cases) not in made:
+            folder = str(tmp_path_factory.mktemp(layout))
+            made[layout, cases] = ranks(Topology.from_name(layout).world_size).run(_quantize, layout, cases, folder)[0], folder
+        return made[layout, cases]
+
+    return get
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("saved", "loaded", "cases"),
@@ -168,10 +182,9 @@ LAYOUTS = ("TP1PP1", "TP2PP1", "TP1PP2", "TP2PP2")
         *(wide(saved, loaded) for saved in LAYOUTS for loaded in LAYOUTS if saved != loaded),
     ],
 )
-def test_every_amax_finds_its_place_at_another_layout(ranks, tmp_path, saved, loaded, cases):
-    made = ranks(Topology.from_name(saved).world_size).run(_quantize, saved, cases, str(tmp_path))
-    before = made[0]
-    for results in ranks(Topology.from_name(loaded).world_size).run(_restore, loaded, cases, str(tmp_path)):
+def test_every_amax_finds_its_place_at_another_layout(ranks, saved_at, saved, loaded, cases):
+    before, folder = saved_at(saved, cases)
+    for results in ranks(Topology.from_name(loaded).world_size).run(_restore, loaded, cases, folder):
         for name, after in results.items():
             assert after["amax"].keys() == before[name]["amax"].keys()
             assert all(torch.equal(after["amax"][key], amax) for key, amax in before[name]["amax"].items())
