@@ -38,7 +38,8 @@ START_TIMEOUT_S = 180.0
 RUN_TIMEOUT_S = 120.0
 """For one dispatch where the caller says nothing; the slowest tests take a few seconds."""
 _GRACE_S = 0.3  # after the first failure, for the other ranks to report: the cause and its consequences come within milliseconds
-_END_S = 5.0  # for a rank to leave on request, before it is killed
+# For a rank to leave on request, before it is killed; what coverage has measured in a long session takes longer to write.
+_END_S = 60.0 if "NEMO_OPT_COVERAGE_MARKS" in os.environ else 5.0
 
 _REMEDY = "`python -m nemo_opt.testing.preload` shows what it imports and why that fails"
 
