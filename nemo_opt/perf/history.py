@@ -71,8 +71,8 @@ def by_series(records: Sequence[Record]) -> dict[str, tuple[Point, ...]]:
 
 def step(before: Record, after: Record) -> Step:
     """What changed between two runs, with what else changed in the environment."""
-    known = before.environment.keys() & after.environment.keys()
-    pairs = {name: (before.environment[name], after.environment[name]) for name in sorted(known)}
+    known = [name for name in after.environment if name in before.environment]
+    pairs = {name: (before.environment[name], after.environment[name]) for name in known}
     return Step(before=before, after=after, environment={name: pair for name, pair in pairs.items() if pair[0] != pair[1]})
 
 

@@ -10,6 +10,7 @@ Decisions:
 import json
 import math
 import os
+import statistics
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -85,14 +86,8 @@ class Figure:
         """Median absolute deviation of the rounds over their median; None for fewer than three."""
         if len(self.samples) < 3:
             return None
-        ordered = sorted(self.samples)
-        middle = _median(ordered)
-        return _median(sorted(abs(x - middle) for x in ordered)) / abs(middle) if middle else None
-
-
-def _median(ordered: list[float]) -> float:
-    half = len(ordered) // 2
-    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
+        middle = statistics.median(self.samples)
+        return statistics.median(abs(x - middle) for x in self.samples) / abs(middle) if middle else None
 
 
 @dataclass(frozen=True, kw_only=True)

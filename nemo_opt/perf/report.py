@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Literal, Protocol
 
 from nemo_opt.errors import DataError
+from nemo_opt.perf.history import step
 from nemo_opt.perf.record import Figure, Record
 
 __all__ = ["VERDICTS", "Between", "Judged", "Level", "Point", "Report", "Row", "commit", "differences"]
@@ -247,9 +248,7 @@ class Report:
 
 def differences(before: Record, after: Record) -> list[str]:
     """What changed in the environment, such as `torch 2.10 -> 2.11`; what one of the two runs does not know is no change."""
-    known = [name for name in after.environment if name in before.environment]
-    pairs = [(name, before.environment[name], after.environment[name]) for name in known]
-    return [f"{name} {old or 'none'} -> {new or 'none'}" for name, old, new in pairs if old != new]
+    return [f"{name} {old or 'none'} -> {new or 'none'}" for name, (old, new) in step(before, after).environment.items()]
 
 
 def commit(record: Record) -> str:

@@ -44,8 +44,7 @@ def quick_maxima(model: torch.nn.Module) -> Iterator[None]:
         MaxCalibrator.collect = _collect
         for quantizer in known:
             quantizer.enable_calib()
-    if any(on_each(lambda: bool(quantizers))):
-        on_each(lambda: _require_finite(quantizers))
+    on_each(lambda: _require_finite(quantizers))
 
 
 def _collects_maxima(module: torch.nn.Module) -> bool:
