@@ -10,10 +10,11 @@ folder=$PWD/results/coverage/$kind
 target=$folder.data
 rm -rf "$folder" "$target"
 mkdir -p "$folder/marks"
+export COVERAGE_FILE=$folder/.coverage # by environment: what multiprocessing starts would not read it from a command line
 code=0
 case $kind in
   unit)
-    NEMO_OPT_COVERAGE_MARKS=$folder/marks $python -m coverage run --data-file="$folder/.coverage" -m pytest tests/unit -m "wide or not wide" "$@" || code=$?
+    NEMO_OPT_COVERAGE_MARKS=$folder/marks $python -m coverage run -m pytest tests/unit -m "wide or not wide" "$@" || code=$?
     ;;
   functional)
     find . -maxdepth 1 -name '.coverage.*' -delete # of runs that were ended; lib.sh writes there
