@@ -17,9 +17,8 @@ case $kind in
     NEMO_OPT_COVERAGE_MARKS=$folder/marks $python -m coverage run -m pytest tests/unit -m "wide or not wide" "$@" || code=$?
     ;;
   functional)
-    find . -maxdepth 1 -name '.coverage.*' -delete # of runs that were ended; lib.sh writes there
-    NEMO_OPT_COVERAGE_MARKS=$folder/marks NEMO_OPT_COVERAGE=1 .venv/bin/nemo-opt suite run "$@" || code=$?
-    find . -maxdepth 1 -name '.coverage.*' -exec mv -t "$folder" {} +
+    # every Python that a script starts measures itself, and so do the forks of the suite's server
+    NEMO_OPT_COVERAGE_MARKS=$folder/marks COVERAGE_PROCESS_START=$PWD/pyproject.toml .venv/bin/nemo-opt suite run "$@" || code=$?
     ;;
   combined)
     $python -m coverage combine -q --keep --data-file="$target" results/coverage/unit.data results/coverage/functional.data

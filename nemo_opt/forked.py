@@ -20,7 +20,7 @@ SOCKET_ENV = "NEMO_OPT_FORK_SERVER"
 type Exits = dict[int, tuple[int, float]]
 """Exit code of each rank, negative for a signal, and when it was noticed."""
 
-_READ_AT_IMPORT = ("NEMO_OPT_DEVICE", "CUDA_VISIBLE_DEVICES", "PYTHONPATH", "NEMO_OPT_COVERAGE", "NEMO_OPT_CPU_DEVICES")
+_READ_AT_IMPORT = ("NEMO_OPT_DEVICE", "CUDA_VISIBLE_DEVICES", "PYTHONPATH", "NEMO_OPT_CPU_DEVICES")
 _CONNECT_TIMEOUT_S = 10.0
 
 

@@ -11,6 +11,7 @@ from megatron.core.utils import get_model_config
 
 from nemo_opt.errors import DataError
 from nemo_opt.training.losses import Batch, LossFunction
+from nemo_opt.training.rounding import rounded_once
 from nemo_opt.training.step import MegatronStep
 
 __all__ = ["evaluate", "evaluate_metrics"]
@@ -53,7 +54,8 @@ def evaluate_metrics(chunks: Any, batches: Iterable[Batch], num_batches: int, *,
             num_microbatches=num_batches,
             forward_only=True,
         )
-        return step()
+        with rounded_once(chunks):
+            return step()
     finally:
         for chunk, mode in zip(chunks, training, strict=True):
             chunk.train(mode)

@@ -2,7 +2,7 @@
 # What every functional script sources. It gives them:
 #   OUT            an empty directory, removed at the end unless it was given
 #   fixtures       makes or finds the fixtures; FIXTURES is their directory afterwards
-#   py ARGS...     python, under coverage when NEMO_OPT_COVERAGE=1 (ranks included, through coverage's patch of subprocesses)
+#   py ARGS...     python
 #   step NAME SECONDS COMMAND...   runs a command in a process group of its own with its own time limit; 124 means that it ran out of it
 #   check RESULT.json [--with NAME=FILE] EXPRESSION...   asserts numbers, of a JUnit XML file (RESULT.xml) the counts of its tests
 #   refused CODE TEXT COMMAND...   a command that must fail with that code and say that text
@@ -87,13 +87,7 @@ trap finish EXIT
 trap 'exit 143' TERM
 trap 'exit 130' INT
 
-py() {
-    if [[ ${NEMO_OPT_COVERAGE:-0} == 1 ]]; then
-        "$PYTHON" -m coverage run --rcfile="$ROOT/pyproject.toml" --data-file="$ROOT/.coverage" --parallel-mode "$@"
-    else
-        "$PYTHON" "$@"
-    fi
-}
+py() { "$PYTHON" "$@"; }
 
 step() {
     local name=$1 seconds=$2 start=$SECONDS code=0

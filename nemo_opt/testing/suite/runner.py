@@ -29,7 +29,7 @@ from nemo_opt.testing.suite.verdict import Outcome, Status, exit_code, judge
 
 __all__ = ["Options", "main"]
 
-SCALE_ENV, METRICS_ENV, _COVERAGE_ENV = "NEMO_OPT_TIMEOUT_SCALE", "NEMO_OPT_METRICS", "NEMO_OPT_COVERAGE"
+SCALE_ENV, METRICS_ENV = "NEMO_OPT_TIMEOUT_SCALE", "NEMO_OPT_METRICS"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +64,6 @@ class Options:
             if place is not None and place.is_dir():
                 raise ConfigError(f"{place} is a directory: name a file")
 
-    @property
-    def forking(self) -> bool:
-        """Whether ranks are forked from a server; not where coverage is measured, which a fork would escape."""
-        return not self.fresh and os.environ.get(_COVERAGE_ENV) != "1"
-
 
 def main(
     *,
@@ -100,8 +95,7 @@ def main(
 def _run(scripts: Sequence[Script], options: Options, *, commit: str) -> Report:
     """Runs them all, and remembers it for the next run."""
     machine, history = Machine.here(options.device), History(options.history or default_place())
-    fresh = not options.forking
-    past = {script.name: history.of(script.name, device=machine.used, fresh=fresh) for script in scripts}
+    past = {script.name: history.of(script.name, device=machine.used, fresh=options.fresh) for script in scripts}
     usual_s = {name: time_s for name in past if (time_s := history.usual_s(past[name])) is not None}
     options.logs.mkdir(parents=True, exist_ok=True)
     started, start = datetime.now(UTC), time.monotonic()
@@ -111,7 +105,7 @@ def _run(scripts: Sequence[Script], options: Options, *, commit: str) -> Report:
         started=started.isoformat(timespec="seconds"),
         commit=commit,
         device=machine.used,
-        fresh=fresh,
+        fresh=options.fresh,
         jobs=options.jobs,
         time_s=time.monotonic() - start,
         exit_code=exit_code(outcomes),
@@ -140,7 +134,7 @@ def _outcomes(scripts: Sequence[Script], options: Options, machine: Machine, usu
     possible = [script for script in scripts if not machine.lacks(script)]
     # Without a past, the longest limit comes first.
     possible.sort(key=lambda script: usual_s.get(script.name, script.timeout_s), reverse=True)
-    with Supplies(options.logs, forking=options.forking and bool(possible)) as supplies:
+    with Supplies(options.logs, forking=not options.fresh and bool(possible)) as supplies:
         supplies.make_fixtures(possible)
 
         def run(script: Script, gpus: tuple[str, ...], stop: threading.Event) -> Outcome:

@@ -228,10 +228,9 @@ class TestForkServer:
         monkeypatch.setattr(supplies, "ForkServer", server)
         return server
 
-    @pytest.mark.parametrize(("fresh", "coverage", "named"), [(False, "0", True), (True, "0", False), (False, "1", False)])
-    def test_scripts_may_fork_their_ranks(self, functional, monkeypatch, server, fresh, coverage, named):
-        """Unless fresh ranks are asked for, or coverage is measured, which a fork would not be."""
-        monkeypatch.setenv("NEMO_OPT_COVERAGE", coverage)
+    @pytest.mark.parametrize(("fresh", "named"), [(False, True), (True, False)])
+    def test_scripts_may_fork_their_ranks(self, functional, server, fresh, named):
+        """Unless fresh ranks are asked for."""
         functional.write("L2_A", f'test "${{{SOCKET_ENV}:-none}}" = {server.address if named else "none"}; holds')
         assert functional.run(fresh=fresh)[0] == 0
         assert server.asked == ([functional.logs / "fork_server.log"] if named else [])
