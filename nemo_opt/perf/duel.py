@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,8 @@ def _server(tree: Tree, pulse: Path) -> Iterator["_Server"]:
                 yield _Server(tree, process, log)
             finally:
                 process.kill()
+                with suppress(BrokenPipeError):  # a request that it did not read would be sent again
+                    process.stdin.close()  # type: ignore[union-attr]
 
 
 class _Server:

@@ -1,9 +1,11 @@
 """Hosts are threads here, with one store; tests/functional/L2_TwoNodes_Distill.sh takes real ones away."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
+from unittest.mock import MagicMock
 
 import pytest
 import torch.distributed as dist
@@ -46,6 +48,48 @@ def wait_for(condition, seconds=20):
     while not condition():
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.01)
+
+
+class TestTorchrunsJob:
+    """What `watch` reads from the environment that torchrun gives its ranks."""
+
+    @pytest.fixture
+    def started(self, monkeypatch):
+        """The watches that were started, which watch nothing."""
+        found = []
+        monkeypatch.setattr(hosts, "Watch", lambda *args, **kwargs: found.append((args, kwargs)) or MagicMock())
+        monkeypatch.setattr(hosts.atexit, "register", lambda _: None)
+        for name, value in {"GROUP_WORLD_SIZE": "2", "GROUP_RANK": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "RANK": "2"}.items():
+            monkeypatch.setenv(name, value)
+        return found
+
+    @pytest.mark.parametrize(("ranks", "name"), [("2", "ranks 2 to 3"), ("1", "rank 2")])
+    def test_the_first_rank_of_a_host_watches_for_all_of_it(self, started, monkeypatch, ranks, name):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert hosts.watch(7.0) is not None
+        ((_, host, count), settings) = started[0]
+        assert (host, count, settings["limit_s"]) == (1, 2, 7.0)
+        assert settings["name"] == f"{socket.gethostname()} ({name})"
+
+    @pytest.mark.parametrize(("variable", "value"), [("GROUP_WORLD_SIZE", "1"), ("LOCAL_RANK", "1")])
+    def test_nobody_else_does(self, started, monkeypatch, variable, value):
+        monkeypatch.setenv(variable, value)
+        assert hosts.watch() is None
+        assert not started
+
+    def test_the_store_is_that_of_the_agent(self, monkeypatch):
+        server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(server.port))
+        hosts._connect().set("key", "value")
+        assert server.get("key") == b"value"
+
+    def test_what_is_lost_is_said_and_ends_the_rank(self, monkeypatch, capsys):
+        codes = []
+        monkeypatch.setattr(hosts.os, "_exit", codes.append)
+        hosts._end("host b (rank 1) was lost")
+        assert codes == [1]
+        assert capsys.readouterr().err == f"nemo_opt: host b (rank 1) was lost; {socket.gethostname()} ends\n"
 
 
 class Fragile:

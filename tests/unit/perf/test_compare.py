@@ -12,6 +12,8 @@ from nemo_opt.perf.duel import DuelError
 from nemo_opt.perf.trees import tree
 from nemo_opt.perf.verdict import Verdict
 
+ROOT = Path(__file__).parents[3]
+
 PULSE = """
 import json, os, random, socket, sys
 from collections import namedtuple
@@ -129,6 +131,50 @@ def test_only_some(pulse, make):
 def test_a_tree_that_cannot_be_measured_is_named_with_its_reason(pulse, make, fault, message):
     with pytest.raises(DuelError, match=message):
         compared(make("base"), make("head", **fault), pulse)
+
+
+def test_one_that_ends_before_it_is_asked_is_named_too(pulse, make):
+    """Its pipe is broken then, when the request is sent and once more when it is closed."""
+
+    def ask(there):
+        with duel._server(there, pulse) as server:
+            server._process.wait(20)
+            server.ask(0, "nowhere")
+
+    with tree(make("broken", broken=True), Path()) as there, pytest.raises(DuelError, match=r"(?s)cannot be measured: .*no stack"):
+        ask(there)
+
+
+class TestCounts:
+    @pytest.fixture
+    def exact(self, tmp_path):
+        """Writes the benchmarks of counts, of which one test does what is given."""
+
+        def write(body):
+            (tmp_path / "conftest.py").write_text((ROOT / "benchmarks" / "conftest.py").read_text())
+            place = tmp_path / "test_exact.py"
+            place.write_text(f"def test_counts(benchmark, figure):\n    benchmark.pedantic(int)\n    {body}\n")
+            return place
+
+        return write
+
+    @pytest.fixture
+    def here(self):
+        with tree(str(ROOT), ROOT) as this:
+            yield this
+
+    def test_those_of_both_trees_without_times(self, exact, here):
+        place = exact(
+            "figure(bench='step', case='TP2PP1', metric='collectives', kind='exact', unit='', value=7.0)\n"
+            "    figure(bench='step', case='TP2PP1', metric='time', kind='time', unit='s', samples=[1.0, 2.0])"
+        )
+        base, head = module.counts(here, here, place)
+        assert [(figure.bench, figure.case, figure.metric, figure.value) for figure in base] == [("step", "TP2PP1", "collectives", 7.0)]
+        assert base == head
+
+    def test_one_that_fails_is_shown(self, exact, here):
+        with pytest.raises(ConfigError, match=r"(?s)test_exact.py fails:.*assert 1 == 2"):
+            module.counts(here, here, exact("assert 1 == 2"))
 
 
 class TestTrees:
