@@ -33,18 +33,18 @@ def judge_exact(history: Sequence[float], value: float, *, environment_changed: 
 
     """
     if not history:
-        return Finding(verdict=Verdict.NO_BASELINE, reason=f"{value:g}, measured for the first time", value=value)
+        return Finding(verdict=Verdict.NO_BASELINE, reason=f"{_told(value)}, measured for the first time", value=value)
     baseline = history[0]
     if value == baseline:
         return Finding(
-            verdict=Verdict.OK, reason=f"{value:g} as before", change=0.0, baseline=baseline, value=value, n=len(history), index=None
+            verdict=Verdict.OK, reason=f"{_told(value)} as before", change=0.0, baseline=baseline, value=value, n=len(history), index=None
         )
     index = _first([*history, value], lambda x: x == value)
     blamed = index in environment_changed
     why = "which changed with the environment" if blamed else f"a count must be the same; {_REMEDY}"
     return Finding(
         verdict=Verdict.ENV_CHANGED if blamed else Verdict.REGRESSION,
-        reason=f"{value:g} != {baseline:g}: {why}",
+        reason=f"{_told(value)} != {_told(baseline)}: {why}",
         change=value / baseline - 1 if baseline else None,
         baseline=baseline,
         value=value,
@@ -58,14 +58,14 @@ def judge_memory(
 ) -> Finding:
     """Judges bytes against the median of the first runs of their segment; for the arguments see `judge_exact`."""
     if not history:
-        return Finding(verdict=Verdict.NO_BASELINE, reason=f"{value:g}, measured for the first time", value=value)
+        return Finding(verdict=Verdict.NO_BASELINE, reason=f"{_told(value)}, measured for the first time", value=value)
     baseline = statistics.median(history[:_FIRST])
 
     def moved(x: float) -> bool:
         return abs(x - baseline) > MEMORY_TOL_REL * abs(baseline)
 
     change = value / baseline - 1 if baseline else None
-    told = f"{value:g} against {baseline:g}{f' ({change:+.1%})' if change is not None else ''}"
+    told = f"{_told(value)} against {_told(baseline)}{f' ({change:+.1%})' if change is not None else ''}"
     if not moved(value):
         verdict, index = Verdict.OK, None
         told += f", within {MEMORY_TOL_REL:.0%}"
@@ -78,6 +78,11 @@ def judge_memory(
         else:
             verdict, told = Verdict.REGRESSION, f"{told}, beyond {MEMORY_TOL_REL:.0%}; {_REMEDY}"
     return Finding(verdict=verdict, reason=told, change=change, baseline=baseline, value=value, n=len(history), index=index)
+
+
+def _told(amount: float) -> str:
+    """With all its digits: one more quantizer among a million is what this is about."""
+    return f"{amount:,.0f}" if amount.is_integer() else f"{amount:g}"
 
 
 def _first(values: Sequence[float], holds: Callable[[float], bool]) -> int:

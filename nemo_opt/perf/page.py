@@ -17,10 +17,11 @@ from nemo_opt.perf import words
 from nemo_opt.perf.record import Record
 from nemo_opt.perf.report import Report, Row, commit, differences
 from nemo_opt.perf.sparkline import LEGEND, sparkline
+from nemo_opt.perf.verdict import Verdict
 
 __all__ = ["write_html"]
 
-_CLASSES = {"REGRESSION": "bad", "MISSING": "bad", "IMPROVEMENT": "good", "NO_BASELINE": "soft", "OK": "good"}
+_CLASSES = {Verdict.REGRESSION: "bad", Verdict.MISSING: "bad", Verdict.IMPROVEMENT: "good", Verdict.NO_BASELINE: "soft", Verdict.OK: "good"}
 _OUTCOMES = {"good": ("good", "\N{CHECK MARK} Good"), "undecided": ("", "! Undecided"), "not good": ("bad", "\N{BALLOT X} Not good")}
 """(class, words)"""
 _OLDER_RUNS = 30
@@ -88,9 +89,9 @@ def _row(row: Row, runs: int) -> dict[str, Any]:
         "reached": "" if figure is None else words.reached(figure),
         "reached_css": "" if figure is None else {True: "good", False: "bad", None: ""}[figure.reached],
         "change": _firm(words.change(row)),
-        "change_css": {"REGRESSION": "bad", "IMPROVEMENT": "good"}.get(row.verdict, ""),
+        "change_css": {Verdict.REGRESSION: "bad", Verdict.IMPROVEMENT: "good"}.get(row.verdict, ""),
         "baseline": words.baseline(row),
-        "reason": "" if row.verdict == "OK" else row.reason,
+        "reason": "" if row.verdict == Verdict.OK else row.reason,
         "attribution": row.attribution,
         "spark": sparkline(row, runs),
     }

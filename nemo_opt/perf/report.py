@@ -1,7 +1,6 @@
 """All that a reader is told of a run: each figure beside its verdict and its history, whatever form it is then written in.
 
 Decisions:
-- A judgement is anything with the fields of `Judged` and its verdict is compared as words, so this half knows nothing of how one is made.
 - Nothing is left out: a judged series that the run lacks has a row, and so has a figure that nobody judged.
 - Runs are numbered from 1, the oldest; a change is told with the two commits around it and what changed in the environment between them.
 """
@@ -11,85 +10,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Literal, Protocol
+from typing import Literal
 
 from nemo_opt.errors import DataError
+from nemo_opt.perf.accepted import Accepted
 from nemo_opt.perf.history import step
 from nemo_opt.perf.record import Figure, Record
+from nemo_opt.perf.verdict import Judgement, Step, Verdict
 
-__all__ = ["VERDICTS", "Between", "Judged", "Level", "Point", "Report", "Row", "commit", "differences"]
+__all__ = ["Point", "Report", "Row", "commit", "differences"]
 
-VERDICTS = {
-    "REGRESSION": "regression",
-    "MISSING": "missing",
-    "ENV_CHANGED": "environment changed",
-    "INCONCLUSIVE": "inconclusive",
-    "IMPROVEMENT": "improvement",
-    "NO_BASELINE": "no baseline",
-    "OK": "ok",
-}
-"""Those that there are, in the order in which a reader wants them, and how they are called."""
-
-_BAD = frozenset({"REGRESSION", "MISSING"})
-_DECIDED = frozenset({"OK", "IMPROVEMENT"})
-
-
-class Between(Protocol):
-    """Two runs, between which something changed."""
-
-    @property
-    def before(self) -> Record:
-        """The last of the old level."""
-
-    @property
-    def after(self) -> Record:
-        """The first of the new one."""
-
-
-class Judged(Protocol):
-    """What was decided of one series."""
-
-    @property
-    def series(self) -> str:
-        """As of `Figure.series`."""
-
-    @property
-    def verdict(self) -> str:
-        """One of `VERDICTS`; case does not matter."""
-
-    @property
-    def change(self) -> float | None:
-        """`value / baseline - 1`."""
-
-    @property
-    def baseline(self) -> float | None:
-        """What the value is compared with."""
-
-    @property
-    def value(self) -> float | None:
-        """Of this run."""
-
-    @property
-    def n(self) -> int:
-        """Runs that the verdict rests upon."""
-
-    @property
-    def reason(self) -> str:
-        """Why, for a person."""
-
-    @property
-    def at(self) -> Between | Record | None:
-        """Where the change began: the first run of the new level, alone or with the one before it."""
-
-
-class Level(Protocol):
-    """A new level that a person accepted: a series is compared with what came after it."""
-
-    def covers(self, series: str) -> bool:
-        """Whether it is one of this series."""
-
-    def start(self, records: Sequence[Record]) -> str | None:
-        """When it starts, as of `Record.started`; None where that is before all runs, or not known."""
+_DECIDED = frozenset({Verdict.OK, Verdict.IMPROVEMENT})
+_WITH_SIZE = frozenset({Verdict.REGRESSION, Verdict.IMPROVEMENT})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +46,9 @@ class Row:
     """Of this run; None where it is missing."""
     last: Figure | None
     """The newest that there is, for its unit and its goal."""
-    verdict: str
-    """One of `VERDICTS`."""
-    judged: Judged | None
+    verdict: Verdict
+    """NO_BASELINE where nobody judged it."""
+    judged: Judgement | None
     """None where nobody judged it."""
     points: tuple[Point, ...]
     """Of all runs, oldest first, this one at the end."""
@@ -159,9 +91,9 @@ class Report:
     """The run."""
     older: Sequence[Record] = ()
     """Of the same platform; the run itself and what is not older is left out, as the judge does."""
-    judgements: Sequence[Judged] = ()
+    judgements: Sequence[Judgement] = ()
     """At most one for each series."""
-    levels: Sequence[Level] = ()
+    levels: Sequence[Accepted] = ()
     """Accepted ones."""
 
     def __post_init__(self) -> None:
@@ -170,8 +102,6 @@ class Report:
         names = [one.series for one in self.judgements]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise DataError(f"judged twice: {', '.join(twice)}")
-        for one in self.judgements:
-            _verdict(one)
 
     @cached_property
     def runs(self) -> tuple[Record, ...]:
@@ -186,11 +116,11 @@ class Report:
         rows = [self._row(series, figures, judged.get(series)) for series in dict.fromkeys([*judged, *figures[-1]])]
         return tuple(sorted(rows, key=_order))
 
-    def _row(self, series: str, figures: Sequence[Mapping[str, Figure]], judged: Judged | None) -> Row:
+    def _row(self, series: str, figures: Sequence[Mapping[str, Figure]], judged: Judgement | None) -> Row:
         found = [(number, of_run[series]) for number, of_run in enumerate(figures, start=1) if series in of_run]
         points = tuple(Point(run=number, value=figure.value, record=self.runs[number - 1]) for number, figure in found)
-        before, after = _around(judged, points)
-        changed = None if after is None else self._number(after)
+        at = None if judged is None else judged.at
+        changed = None if at is None else self._number(at.after)
         starts = [level.start(self.runs) for level in self.levels if level.covers(series)]
         started = [next((point.run for point in points if start and point.record.started >= start), None) for start in starts]
         steps = [(now.run, ", ".join(differences(before.record, now.record))) for before, now in pairwise(points)]
@@ -198,11 +128,11 @@ class Report:
             series=series,
             figure=figures[-1].get(series),
             last=found[-1][1] if found else None,
-            verdict="NO_BASELINE" if judged is None else _verdict(judged),
+            verdict=Verdict.NO_BASELINE if judged is None else judged.verdict,
             judged=judged,
             points=points,
             changed=changed,
-            attribution=_attribution(before, after, changed),
+            attribution="" if at is None else _attribution(at, changed),
             environments=tuple((number, words) for number, words in steps if words),
             levels=tuple(sorted({number for number in started if number is not None})),
         )
@@ -211,10 +141,10 @@ class Report:
         return next((number for number, one in enumerate(self.runs, start=1) if one.name == run.name), None)
 
     @property
-    def counts(self) -> dict[str, int]:
+    def counts(self) -> dict[Verdict, int]:
         """How many rows have each verdict, worst first; only those that occur."""
         verdicts = [row.verdict for row in self.rows]
-        return {verdict: verdicts.count(verdict) for verdict in VERDICTS if verdict in verdicts}
+        return {verdict: verdicts.count(verdict) for verdict in Verdict if verdict in verdicts}
 
     @property
     def goals(self) -> tuple[int, int]:
@@ -225,7 +155,7 @@ class Report:
     @property
     def good(self) -> bool:
         """Whether there are figures, none regressed or is missing, and no benchmark failed."""
-        return bool(self.rows) and not _BAD & self.counts.keys() and not self.record.failed
+        return bool(self.rows) and not any(verdict.fails for verdict in self.counts) and not self.record.failed
 
     @property
     def outcome(self) -> Literal["good", "undecided", "not good"]:
@@ -256,43 +186,23 @@ def commit(record: Record) -> str:
     return (record.commit[:7] or "no commit") + ("+" if record.dirty else "")
 
 
-def _around(judged: Judged | None, points: Sequence[Point]) -> tuple[Record | None, Record | None]:
-    """The runs before and after the change; the one before is that which measured the series, not just any."""
-    if judged is None or judged.at is None:
-        return None, None
-    if not isinstance(judged.at, Record):
-        return judged.at.before, judged.at.after
-    after = judged.at
-    return next((point.record for point in reversed(points) if point.record.name < after.name), None), after
-
-
-def _attribution(before: Record | None, after: Record | None, changed: int | None) -> str:
-    if after is None:
-        return ""
+def _attribution(at: Step, changed: int | None) -> str:
+    before, after = at.before, at.after
     where = f"change at run {changed}" if changed is not None else f"change at the run of {after.started}, which is not among these"
-    if before is None:
-        return f"{where}: {commit(after)}, the first of this series"
     same = before.commit == after.commit and not before.dirty and not after.dirty
     commits = f"both runs are of {commit(after)}" if same else f"{commit(before)}..{commit(after)}"
     environment = ", ".join(differences(before, after))
     return f"{where}: {commits}" + (f", {environment} in the same step" if environment else "")
 
 
-def _verdict(judged: Judged) -> str:
-    verdict = str(judged.verdict).upper().replace(" ", "_")
-    if verdict not in VERDICTS:
-        raise DataError(f"{judged.series}: a verdict of {judged.verdict!r}; there are {', '.join(VERDICTS)}")
-    return verdict
-
-
-def _counted(number: int, verdict: str) -> str:
-    plural = "s" if number > 1 and verdict in ("REGRESSION", "IMPROVEMENT") else ""
-    return f"{number} {VERDICTS[verdict]}{plural}"
+def _counted(number: int, verdict: Verdict) -> str:
+    plural = "s" if number > 1 and verdict in _WITH_SIZE else ""
+    return f"{number} {verdict.words}{plural}"
 
 
 def _order(row: Row) -> tuple[int, float, str]:
-    size = abs(row.change or 0.0) if row.verdict in ("REGRESSION", "IMPROVEMENT") else 0.0
-    return list(VERDICTS).index(row.verdict), -size, row.series
+    size = abs(row.change or 0.0) if row.verdict in _WITH_SIZE else 0.0
+    return row.verdict.severity, -size, row.series
 
 
 def _finite(value: float | None) -> float | None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from nemo_opt.perf import words
 from nemo_opt.perf.report import Row
+from nemo_opt.perf.verdict import Verdict
 
 __all__ = ["LEGEND", "sparkline"]
 
@@ -19,7 +20,7 @@ _LABEL_CHARACTERS = 9
 _MARGIN = 6.0
 _MANY = 60
 """Runs from which a thinner line keeps neighbours apart."""
-_COLOURS = {"REGRESSION": "bad", "MISSING": "bad", "IMPROVEMENT": "good"}
+_COLOURS = {Verdict.REGRESSION: "bad", Verdict.MISSING: "bad", Verdict.IMPROVEMENT: "good"}
 
 type _Place = Callable[[float], float]
 

@@ -18,6 +18,7 @@ from nemo_opt.perf import words
 from nemo_opt.perf.history import by_series
 from nemo_opt.perf.record import Record
 from nemo_opt.perf.report import Report, Row, commit
+from nemo_opt.perf.verdict import Verdict
 
 if TYPE_CHECKING:
     from nemo_opt.perf.compare import Comparison
@@ -27,12 +28,12 @@ __all__ = ["show", "show_comparison", "show_history"]
 _COLUMNS = ("what", "case", "metric", "value", "peer", "limit", "goal", "reached", "verdict")
 _NUMBERS = frozenset({"value", "peer", "limit", "goal"})
 _STYLES = {
-    "REGRESSION": "red",
-    "MISSING": "red",
-    "IMPROVEMENT": "green",
-    "ENV_CHANGED": "yellow",
-    "INCONCLUSIVE": "yellow",
-    "NO_BASELINE": "dim",
+    Verdict.REGRESSION: "red",
+    Verdict.MISSING: "red",
+    Verdict.IMPROVEMENT: "green",
+    Verdict.ENV_CHANGED: "yellow",
+    Verdict.INCONCLUSIVE: "yellow",
+    Verdict.NO_BASELINE: "dim",
 }
 _MOST_NEW = 5
 _TABLE_WIDTH = 116
@@ -55,7 +56,7 @@ def show(report: Report, console: Console | None = None, *, judged: bool = True)
     elif rows:
         _blocks(console, rows)
     if judged:
-        _tell(console, [row for row in report.rows if row.verdict != "OK"])
+        _tell(console, [row for row in report.rows if row.verdict != Verdict.OK])
     for name in record.failed:
         _line(console, f"benchmark failed: {name}", style="red")
     if judged:
@@ -66,9 +67,9 @@ def show(report: Report, console: Console | None = None, *, judged: bool = True)
 
 def _tell(console: Console, rows: list[Row]) -> None:
     """Why each has its verdict; of a first run none has a baseline, which is told once."""
-    new = [row for row in rows if row.verdict == "NO_BASELINE"]
+    new = [row for row in rows if row.verdict == Verdict.NO_BASELINE]
     if len(new) > _MOST_NEW:
-        rows = [row for row in rows if row.verdict != "NO_BASELINE"]
+        rows = [row for row in rows if row.verdict != Verdict.NO_BASELINE]
         _line(console, f"no baseline: {len(new)} figures, which need more earlier runs; {new[0].series}: {new[0].reason}", style="dim")
     for row in rows:
         told = ", ".join(part for part in (words.change(row), row.reason, row.attribution) if part)

@@ -21,6 +21,7 @@ from nemo_opt.perf.judge import judge
 from nemo_opt.perf.platform import platform_key
 from nemo_opt.perf.record import Record
 from nemo_opt.perf.report import Report
+from nemo_opt.perf.verdict import Verdict
 
 __all__ = ["Past", "judged", "measure", "past", "run"]
 
@@ -86,7 +87,7 @@ def run(benchmarks: Path, folder: Path, *, short: bool = True, only: str | None 
     latest = _recorded(measure(benchmarks, short=short, only=only), folder)
     judgements = judge(known.records, latest, known.accepted)
     if only:
-        judgements = [judgement for judgement in judgements if judgement.verdict != "MISSING"]  # left out on purpose
+        judgements = [judgement for judgement in judgements if judgement.verdict != Verdict.MISSING]  # left out on purpose
     if confirm and any(judgement.unconfirmed for judgement in judgements):
         print(f"a figure jumped: {FRESH_RUNS} fresh runs decide, by the median of the three", flush=True)
         fresh = [_recorded(measure(benchmarks, short=short, only=only), folder) for _ in range(FRESH_RUNS)]

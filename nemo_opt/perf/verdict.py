@@ -38,6 +38,11 @@ class Verdict(StrEnum):
         return self in (Verdict.REGRESSION, Verdict.MISSING)
 
     @property
+    def words(self) -> str:
+        """For a reader."""
+        return "environment changed" if self is Verdict.ENV_CHANGED else self.value.lower().replace("_", " ")
+
+    @property
     def severity(self) -> int:
         """For sorting: 0 is the worst."""
         return list(Verdict).index(self)

@@ -9,12 +9,13 @@ Decisions:
 import math
 
 from nemo_opt.perf.record import Figure
-from nemo_opt.perf.report import VERDICTS, Row
+from nemo_opt.perf.report import Row
+from nemo_opt.perf.verdict import Verdict
 
 __all__ = ["SIGNS", "baseline", "change", "goal", "limit", "number", "peer", "reached", "spread", "value", "verdict"]
 
 SIGNS = {
-    "REGRESSION": "\N{BALLOT X}",
+    Verdict.REGRESSION: "\N{BALLOT X}",
     "MISSING": "\N{BALLOT X}",
     "ENV_CHANGED": "!",
     "INCONCLUSIVE": "?",
@@ -33,7 +34,7 @@ _UNITS = {"bytes": "B", "byte": "B", "seconds": "s"}
 
 def verdict(row: Row) -> str:
     """Such as `environment changed`."""
-    return VERDICTS[row.verdict]
+    return row.verdict.words
 
 
 def number(amount: float, unit: str = "", kind: str = "ratio", *, digits: int = 3) -> str:

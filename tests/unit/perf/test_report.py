@@ -3,7 +3,7 @@ import io
 import itertools
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +14,14 @@ from rich.console import Console
 from nemo_opt.errors import DataError
 from nemo_opt.pages import can_plot
 from nemo_opt.perf import words
+from nemo_opt.perf.accepted import Accepted
 from nemo_opt.perf.page import write_html
 from nemo_opt.perf.record import Figure, Record
-from nemo_opt.perf.report import VERDICTS, Report, differences
+from nemo_opt.perf.report import Report, differences
 from nemo_opt.perf.sparkline import sparkline
 from nemo_opt.perf.summary import write_json, write_markdown
 from nemo_opt.perf.terminal import show
+from nemo_opt.perf.verdict import Judgement, Step, Verdict
 
 spec = importlib.util.spec_from_file_location("perf_browser", Path(__file__).with_name("browser.py"))
 browser_module = importlib.util.module_from_spec(spec)
@@ -28,38 +30,12 @@ spec.loader.exec_module(browser_module)
 HOSTILE = '<script>alert(1) & "a|b" `$x$` [y](z) * ' + "long" * 30
 
 
-@dataclass(frozen=True, kw_only=True)
-class Judgement:
-    """As the judge makes them; here of plain values."""
-
-    series: str
-    verdict: str = "OK"
-    change: float | None = None
-    baseline: float | None = None
-    value: float | None = None
-    n: int = 0
-    reason: str = ""
-    at: object = None
+def judgement(series, verdict="OK", *, reason="", **more):
+    return Judgement(series=series, verdict=Verdict(verdict), reason=reason, **more)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    before: Record
-    after: Record
-
-
-@dataclass(frozen=True, kw_only=True)
-class Accepted:
-    """As entries of accepted.toml do."""
-
-    series: str
-    since: str
-
-    def covers(self, series):
-        return series == self.series
-
-    def start(self, records):
-        return min((record.started for record in records if record.commit.startswith(self.since)), default=None)
+def accepted(series, since):
+    return Accepted(series=series, since=since, reason="meant", author="A. Person")
 
 
 def figure(case="TP1", value=0.7, *, bench="KL loss", metric="time over ModelOpt's", **more):
@@ -95,17 +71,24 @@ def invented(number=20):
         failed = (f"test_checkpoint.py::{HOSTILE}",) if day == number - 1 else ()
         runs.append(run(day, *figures, environment=environment, failed=failed, subject=HOSTILE, load=(0.4, 1.9), time_s=61.0))
     names = [f"KL loss/case {i}/time over ModelOpt's" for i in range(6)]
+    first = min(14, number - 1)
     judgements = [
-        Judgement(
-            series=names[0], verdict="REGRESSION", change=0.2, baseline=0.7, n=19, reason="level shift", at=runs[min(14, number - 1)]
+        judgement(
+            names[0],
+            verdict="REGRESSION",
+            change=0.2,
+            baseline=0.7,
+            n=19,
+            reason="level shift",
+            at=Step(before=runs[first - 1], after=runs[first]),
         ),
-        Judgement(series=names[1], verdict="IMPROVEMENT", change=-0.1, baseline=0.7, n=19),
-        Judgement(series=names[2], verdict="INCONCLUSIVE", reason=HOSTILE),
-        Judgement(series=names[3], verdict="MISSING", baseline=0.7, n=19, reason="measured before"),
-        Judgement(series=names[4], verdict="ENV_CHANGED", reason="torch changed"),
-        Judgement(series=names[5], verdict="OK", change=0.001, baseline=0.7, n=19),
+        judgement(names[1], verdict="IMPROVEMENT", change=-0.1, baseline=0.7, n=19),
+        judgement(names[2], verdict="INCONCLUSIVE", reason=HOSTILE),
+        judgement(names[3], verdict="MISSING", baseline=0.7, n=19, reason="measured before"),
+        judgement(names[4], verdict="ENV_CHANGED", reason="torch changed"),
+        judgement(names[5], verdict="OK", change=0.001, baseline=0.7, n=19),
     ]
-    return report(*runs, judgements=judgements, levels=[Accepted(series=names[5], since=since) for since in (runs[3].commit[:7], "fff")])
+    return report(*runs, judgements=judgements, levels=[accepted(names[5], since) for since in (runs[3].commit[:7], "fffffff")])
 
 
 @pytest.fixture
@@ -132,28 +115,21 @@ def test_rows_are_sorted_by_severity_and_size():
     names = [f"KL loss/{case}/time over ModelOpt's" for case in "abcdefgh"]
     verdicts = ["OK", "NO_BASELINE", "IMPROVEMENT", "INCONCLUSIVE", "ENV_CHANGED", "MISSING", "REGRESSION", "REGRESSION"]
     changes = [None] * 6 + [0.1, 0.4]
-    judgements = [Judgement(series=n, verdict=v, change=c) for n, v, c in zip(names, verdicts, changes, strict=True)]
+    judgements = [judgement(n, verdict=v, change=c) for n, v, c in zip(names, verdicts, changes, strict=True)]
     rows = report(run(0, *map(figure, "abcdegh")), judgements=judgements).rows
     assert [row.series.split("/")[1] for row in rows] == list("hgfedcba")
-    assert {row.verdict for row in rows} == set(VERDICTS)
-
-
-def test_a_verdict_is_compared_as_words_and_an_unknown_one_is_refused():
-    series = figure().series
-    assert report(run(0, figure()), judgements=[Judgement(series=series, verdict="no baseline")]).rows[0].verdict == "NO_BASELINE"
-    with pytest.raises(DataError, match="'FINE'; there are REGRESSION"):
-        report(run(0, figure()), judgements=[Judgement(series=series, verdict="FINE")])
+    assert {row.verdict for row in rows} == set(Verdict)
 
 
 def test_what_does_not_belong_together_is_refused():
     with pytest.raises(DataError, match="a run of linux-2-cores beside those of another"):
         report(run(0, figure(), platform="another"), run(1, figure()))
     with pytest.raises(DataError, match="judged twice: KL loss/TP1"):
-        report(run(0, figure()), judgements=[Judgement(series=figure().series)] * 2)
+        report(run(0, figure()), judgements=[judgement(figure().series)] * 2)
 
 
 def test_nothing_is_left_out():
-    one = report(run(0, figure("a")), run(1, figure("b")), judgements=[Judgement(series=figure("a").series, verdict="MISSING")])
+    one = report(run(0, figure("a")), run(1, figure("b")), judgements=[judgement(figure("a").series, verdict="MISSING")])
     assert [(row.series, row.verdict, row.figure is None) for row in one.rows] == [
         (figure("a").series, "MISSING", True),
         (figure("b").series, "NO_BASELINE", False),
@@ -162,9 +138,9 @@ def test_nothing_is_left_out():
     assert one.summary == "2 figures: 1 missing, 1 no baseline"
 
 
-@pytest.mark.parametrize(("verdict", "good"), [(v, v not in ("REGRESSION", "MISSING")) for v in VERDICTS])
+@pytest.mark.parametrize(("verdict", "good"), [(v, v not in ("REGRESSION", "MISSING")) for v in Verdict])
 def test_only_regressions_missing_figures_and_failures_are_not_good(verdict, good):
-    judgements = [Judgement(series=figure().series, verdict=verdict)]
+    judgements = [judgement(figure().series, verdict=verdict)]
     one = report(run(0, figure()), judgements=judgements)
     assert one.good is good
     assert one.outcome == ("not good" if not good else "good" if verdict in ("OK", "IMPROVEMENT") else "undecided")
@@ -185,22 +161,22 @@ def test_what_one_run_does_not_know_is_no_difference():
     assert differences(before, after) == ["torch 2.10 -> 2.11", "threads none -> 2"]
 
 
-def attribution(*runs, at):
-    return report(*runs, judgements=[Judgement(series=figure().series, verdict="REGRESSION", at=at)]).rows[0].attribution
+def attribution(*runs, before, after):
+    at = Step(before=before, after=after)
+    return report(*runs, judgements=[judgement(figure().series, "REGRESSION", at=at)]).rows[0].attribution
 
 
 def test_attribution_names_the_commits_and_the_environment():
     a, b, c = run(1, figure()), run(2, figure()), run(3, figure(), environment={"torch": "2.11"})
-    assert attribution(a, b, c, at=b) == "change at run 2: 0000001..0000002"
-    assert attribution(a, b, c, at=c) == "change at run 3: 0000002..0000003, torch 2.10 -> 2.11 in the same step"
-    assert attribution(a, b, c, at=Step(before=a, after=c)) == "change at run 3: 0000001..0000003, torch 2.10 -> 2.11 in the same step"
-    assert attribution(a, run(2, figure("another")), c, at=c).startswith("change at run 3: 0000001..0000003"), "the last that measured it"
-    assert attribution(a, b, at=a) == "change at run 1: 0000001, the first of this series"
-    assert attribution(a, replace(b, commit=a.commit), at=replace(b, commit=a.commit)) == "change at run 2: both runs are of 0000001"
-    dirty = replace(b, commit=a.commit, dirty=True)
-    assert attribution(a, dirty, at=dirty) == "change at run 2: 0000001..0000001+"
-    assert attribution(b, c, at=a).startswith("change at the run of 20260102T120000Z, which is not among these")
-    assert attribution(a, b, at=None) == ""
+    assert attribution(a, b, c, before=a, after=b) == "change at run 2: 0000001..0000002"
+    assert attribution(a, b, c, before=b, after=c) == "change at run 3: 0000002..0000003, torch 2.10 -> 2.11 in the same step"
+    assert attribution(a, b, c, before=a, after=c) == "change at run 3: 0000001..0000003, torch 2.10 -> 2.11 in the same step"
+    same = replace(b, commit=a.commit)
+    assert attribution(a, same, before=a, after=same) == "change at run 2: both runs are of 0000001"
+    dirty = replace(same, dirty=True)
+    assert attribution(a, dirty, before=a, after=dirty) == "change at run 2: 0000001..0000001+"
+    assert attribution(b, c, before=a, after=a).startswith("change at the run of 20260102T120000Z, which is not among these")
+    assert report(a, b, judgements=[judgement(figure().series)]).rows[0].attribution == ""
 
 
 # ---------------------------------------------------------------------------------------------------------------- words
@@ -251,7 +227,9 @@ def test_goals_are_written_as_given():
 @settings(deadline=None, max_examples=60)
 def test_a_sparkline_stays_in_its_box(history):
     runs = [run(day, *([figure(value=value)] if measured else [])) for day, (measured, value) in enumerate(history)]
-    one = report(*runs, judgements=[Judgement(series=figure().series, baseline=0.5, at=runs[-1], verdict="REGRESSION")])
+    one = report(
+        *runs, judgements=[judgement(figure().series, baseline=0.5, at=Step(before=runs[0], after=runs[-1]), verdict="REGRESSION")]
+    )
     svg = sparkline(one.rows[0], len(runs))
     assert (svg == "") == (not any(measured for measured, _ in history))
     for x, y in re.findall(r"[ML](-?[\d.]+|nan) (-?[\d.]+|nan)", svg):
@@ -320,7 +298,10 @@ def test_every_figure_is_on_the_page_with_all_that_is_known(tmp_path):
 @pytest.mark.skipif(not can_plot(), reason="matplotlib is not installed: `pip install matplotlib` runs this test")
 def test_ratios_are_drawn(tmp_path):
     runs = [run(day, figure(HOSTILE, 0.7 + 0.01 * day, goal=0.75, limit=0.6, peer_value=1.0), figure("n", kind="time")) for day in range(3)]
-    html = html_of(report(*runs, judgements=[Judgement(series=figure(HOSTILE).series, verdict="REGRESSION", at=runs[1])]), tmp_path)
+    html = html_of(
+        report(*runs, judgements=[judgement(figure(HOSTILE).series, verdict="REGRESSION", at=Step(before=runs[0], after=runs[1]))]),
+        tmp_path,
+    )
     assert html.count(" over 3 runs") == 1, "a time of one machine is no ratio"
     drawing = html[html.index(" over 3 runs") : html.index("Environment</h2>")]
     assert ">goal<" in drawing.replace(" ", "")
@@ -392,7 +373,7 @@ def test_markdown_is_one_table_of_every_figure(tmp_path):
 
 def test_json_round_trip(tmp_path):
     one = invented()
-    broken = Judgement(series="gone/gone/gone", change=float("nan"), baseline=float("inf"), verdict="NO_BASELINE")
+    broken = judgement("gone/gone/gone", change=float("nan"), baseline=float("inf"), verdict="NO_BASELINE")
     one = replace(one, judgements=[*one.judgements, broken])
     write_json(one, tmp_path / "p.json")
     values = json.loads((tmp_path / "p.json").read_text(encoding="utf-8"))
