@@ -2,7 +2,9 @@
 
 Decisions:
 - The noise is that of recorded runs: deviations of every series from its median, drawn again in blocks, so that busy hours stay together.
-  The fresh runs of a run are the recorded ones after it, and pairs are recorded neighbours.
+  The fresh runs of a run are the recorded ones after it.
+- Pairs are those of `compare`, of a tree with itself (`benchmarks/planted.py --clean 20 --records FOLDER`): drawn pair by pair with both
+  clocks, found where either clock says so, extended where either is inconclusive. Without them pairs are recorded neighbours.
 - Rivals (`nemo_opt.perf.rivals`) see the same draws.
 - A rate is per check of one series, lower being better; the slowdowns are of 5 % and 10 %.
 """
@@ -12,7 +14,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +56,8 @@ class Noise:
     """Of each series, logarithms of the values over their median, in order of the runs."""
     rounds: float = 0.01
     """Relative deviation of the rounds of one run."""
+    pairs: tuple[Values, ...] = ()
+    """Of each measurement, logarithms of the ratios of its pairs, [pairs, clocks]; none where none were recorded."""
 
     @property
     def deviation(self) -> float:
@@ -101,6 +105,28 @@ def noise_of(records: Sequence[Record]) -> Noise:
     return Noise(deviations=tuple(values - np.median(values) for values in logs), rounds=rounds)
 
 
+def pairs_of(base: Sequence[Record], head: Sequence[Record]) -> tuple[Values, ...]:
+    """Of recorded pairs of a tree with itself, what `Noise.pairs` holds.
+
+    Raises:
+        DataError: Both sides do not have the same series as often, or none has enough pairs.
+
+    """
+    sides = [{name: np.log([point.value for point in points]) for name, points in by_series(side).items()} for side in (base, head)]
+    counts = [{name: len(values) for name, values in side.items()} for side in sides]
+    if counts[0] != counts[1]:
+        raise DataError(
+            f"{counts[0]} runs of the base != {counts[1]} of the change: give the folders base and head of the same comparisons"
+        )
+    found: dict[str, list[Values]] = {}
+    for name in sides[0]:
+        found.setdefault(name.rpartition("/")[0], []).append(sides[1][name] - sides[0][name])
+    enough = {name: np.stack(clocks, axis=1) for name, clocks in found.items() if len(clocks[0]) >= MIN_RUNS}
+    if not enough:
+        raise DataError(f"no measurement has {MIN_RUNS} pairs: record more comparisons")
+    return tuple(enough.values())
+
+
 def invented_noise(*, deviation: float = 0.02, outliers: float = 0.03, likeness: float = 0.0, seed: int = 0) -> Noise:
     """Noise like that of a shared runner, where none was recorded: normal, with some runs 10 % slower.
 
@@ -122,12 +148,15 @@ PAIRS = ((8, 8), (12, 12), (16, 16), (8, 16))
 """Numbers of pairs, and up to how many more where the first are inconclusive."""
 
 
-def _pairs_rule(base: Values, head: Values, pairs: int, most: int) -> bool | None:
+def _pairs_rule(differences: Values, pairs: int, most: int) -> bool | None:
+    """What `compare` says of a measurement's pairs, [pairs, clocks]: True where it fails by either clock, None where it cannot tell."""
     for n in (pairs, most):
-        verdict = judge_pairs(np.exp(base[:n]).tolist(), np.exp(head[:n]).tolist()).verdict
-        if verdict is not Verdict.INCONCLUSIVE:
-            return verdict.fails
-    return None
+        verdicts = [judge_pairs([1.0] * n, np.exp(clock[:n]).tolist()).verdict for clock in differences.T]
+        if Verdict.INCONCLUSIVE not in verdicts:
+            break
+    if any(verdict.fails for verdict in verdicts):
+        return True
+    return None if Verdict.INCONCLUSIVE in verdicts else False
 
 
 # The simulation -----------------------------------------------------------------------------------------------
@@ -181,7 +210,7 @@ def _histories(noise: Noise, rule: Rule, size: float, trials: int, runs: int, se
 
 def _draws(noise: Noise, size: float, runs: int, rng: np.random.Generator) -> list[Draw]:
     """What a rule sees at each run after a change."""
-    deviations, path = _draw(noise, runs + CHECKS, rng)
+    deviations, path = _draw(noise.deviations, runs + CHECKS, rng)
     step = math.log1p(size)
     logs = deviations[path]
     logs[runs:] += step
@@ -196,15 +225,19 @@ def _comparisons(noise: Noise, pairs: int, most: int, size: float, trials: int, 
     rng = np.random.default_rng(seed)
     found = []
     for _ in range(trials):
-        deviations, path = _draw(noise, 2 * most, rng)
-        base, head = deviations[path[::2]], deviations[path[1::2]] + math.log1p(size)
-        found.append([_pairs_rule(base, head, pairs, most)])
+        if noise.pairs:
+            recorded, path = _draw(noise.pairs, most, rng)
+            differences = recorded[path]
+        else:
+            deviations, path = _draw(noise.deviations, 2 * most, rng)
+            differences = (deviations[path[1::2]] - deviations[path[::2]])[:, None]
+        found.append([_pairs_rule(differences + math.log1p(size), pairs, most)])
     return found
 
 
-def _draw(noise: Noise, n: int, rng: np.random.Generator) -> tuple[Values, NDArray[np.int64]]:
-    """A series, and positions of `n` of its runs, by blocks of neighbours (Politis and Romano's circular block bootstrap)."""
-    deviations = noise.deviations[rng.integers(len(noise.deviations))]
+def _draw(recorded: Sequence[Values], n: int, rng: np.random.Generator) -> tuple[Values, NDArray[np.int64]]:
+    """One of the recorded, and `n` positions in it, by blocks of neighbours (Politis and Romano's circular block bootstrap)."""
+    deviations = recorded[int(rng.integers(len(recorded)))]
     starts = rng.integers(len(deviations), size=-(-n // BLOCK))
     return deviations, ((starts[:, None] + np.arange(BLOCK)).ravel()[:n]) % len(deviations)
 
@@ -229,6 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="Example: python -m nemo_opt.perf.power benchmarks/history/x86-64-intel-r-xeon-r-processor-f6m207-2-cores",
     )
     parser.add_argument("folder", type=Path, nargs="?", help="of one platform; without it the noise is invented: 2 %%, 3 %% outliers")
+    parser.add_argument("--pairs", type=Path, help="holds base/ and head/ of recorded comparisons of a tree with itself, of one platform")
     parser.add_argument("--trials", type=int, default=400, help="histories for each slowdown (400)")
     parser.add_argument("--runs", type=int, default=30, help="of a history before the change (30)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
@@ -236,6 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         noise = noise_of(read_history(given.folder)) if given.folder else invented_noise()
+        if given.pairs:
+            noise = replace(noise, pairs=pairs_of(*(_only_platform(given.pairs / side) for side in ("base", "head"))))
         with otava(given.otava) if given.otava else nullcontext() as rival:
             rules = RULES | ({NAME: rival} if rival else {})
             rows = power_table(noise, trials=given.trials, runs=given.runs, seed=given.seed, rules=rules)
@@ -246,11 +282,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _only_platform(folder: Path) -> tuple[Record, ...]:
+    platforms = sorted(place for place in folder.glob("*") if place.is_dir())
+    if len(platforms) != 1:
+        raise DataError(
+            f"{folder} holds the records of {len(platforms)} platforms, not of one: give what `bench compare --records` has kept"
+        )
+    return read_history(platforms[0])
+
+
 def _print(noise: Noise, rows: Sequence[Row], trials: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
     title = f"{len(noise.deviations)} series, runs deviate by {noise.deviation:.1%}, rounds by {noise.rounds:.1%}; {trials} trials"
+    if noise.pairs:
+        clocks = ", ".join(f"{np.median([pairs.std(axis=0)[i] for pairs in noise.pairs]):.1%}" for i in range(noise.pairs[0].shape[1]))
+        title += f"; {sum(map(len, noise.pairs))} pairs of {len(noise.pairs)} measurements, by clock {clocks}"
     heads = ("rule", "false alarm", "inconclusive", "+5 % at once", "in 3", "in 6", "+10 % at once", "in 3")
     table = Table(*heads, title=title)
     for row in rows:

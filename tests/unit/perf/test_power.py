@@ -5,7 +5,7 @@ import pytest
 
 from nemo_opt.errors import DataError
 from nemo_opt.perf import power as module
-from nemo_opt.perf.power import invented_noise, main, noise_of, power_table
+from nemo_opt.perf.power import invented_noise, main, noise_of, pairs_of, power_table
 from nemo_opt.perf.record import write
 
 
@@ -66,10 +66,62 @@ def test_invented_noise_is_as_it_was_asked_for():
 
 def test_draws_keep_neighbours_together():
     noise = module.Noise(deviations=(np.arange(40.0),))
-    deviations, path = module._draw(noise, 4 * module.BLOCK, np.random.default_rng(0))
+    deviations, path = module._draw(noise.deviations, 4 * module.BLOCK, np.random.default_rng(0))
     assert deviations is noise.deviations[0]
     blocks = path.reshape(4, module.BLOCK)
     assert np.all((np.diff(blocks, axis=1) % 40) == 1)
+
+
+class TestRecordedPairs:
+    @pytest.fixture
+    def sides(self, figure, run):
+        """Twelve pairs of one measurement by two clocks, whose ratios are 1.01 and 0.99, and one with a count."""
+
+        def side(factors):
+            return [
+                run(i, *(figure(x * (2 + i % 3), name, kind="time") for name, x in zip(("time", "processor time"), factors, strict=True)))
+                for i in range(12)
+            ]
+
+        return side((1.0, 1.0)), side((1.01, 0.99))
+
+    def test_ratios_are_those_of_pairs_by_clock(self, sides):
+        (pairs,) = pairs_of(*sides)
+        assert np.exp(pairs) == pytest.approx(np.tile([1.01, 0.99], (12, 1)))
+
+    def test_sides_that_do_not_match_are_refused(self, sides):
+        base, head = sides
+        with pytest.raises(DataError, match=r"12.*!=.*11"):
+            pairs_of(base, head[:-1])
+        with pytest.raises(DataError, match="no measurement has 10 pairs"):
+            pairs_of(base[:9], head[:9])
+
+    def test_either_clock_finds(self):
+        quiet, slower = np.full(8, 0.001), np.full(8, 0.06)
+        quiet[::2] = -0.001
+        rule = module._pairs_rule
+        assert rule(np.stack([quiet, quiet], axis=1), 8, 8) is False
+        assert rule(np.stack([quiet, slower], axis=1), 8, 8) is True
+        loud = np.array([0.3, -0.3] * 4)
+        assert rule(np.stack([quiet, loud], axis=1), 8, 8) is None
+
+    def test_an_inconclusive_clock_extends_both(self):
+        """As `compare` does: what eight pairs found is judged again with the sixteen."""
+        first = np.concatenate([np.full(8, 0.06), np.full(8, -0.06)])
+        loud = np.array([0.3, -0.3] * 8)
+        assert module._pairs_rule(np.stack([first, loud], axis=1), 8, 8) is True
+        assert module._pairs_rule(np.stack([first, loud], axis=1), 8, 16) is None
+
+    def test_command_takes_what_compare_kept(self, sides, tmp_path, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(module, "CHECKS", 1)
+        for name, records in zip(("base", "head"), sides, strict=True):
+            for record in records:
+                write(record, tmp_path / name)
+        assert main(["--pairs", str(tmp_path), "--trials", "3", "--runs", "10"]) == 0
+        assert "12 pairs of 1 measurements, by clock 0.0%, 0.0%" in capsys.readouterr().out
+        assert main(["--pairs", str(tmp_path / "base")]) == 2
+        assert "holds the records of 0 platforms" in capsys.readouterr().err
 
 
 @pytest.fixture
