@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -149,3 +150,13 @@ def is_dead(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except FileNotFoundError:
         return True
+
+
+def test_whom_a_script_ends_is_marked_where_coverage_is_measured(script, tmp_path):
+    """It leaves no data, which would count as lost; what ended by itself is not marked."""
+    left = f"bash -c 'sleep 60 & echo $! > {tmp_path}/pid; sleep 0.1 & wait $!'"
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    assert script(f"step leaves 20 {left}; step leaves_nothing 20 true", NEMO_OPT_COVERAGE_MARKS=str(marks)).returncode == 0
+    pid = int((tmp_path / "pid").read_text())
+    assert [json.loads(mark.read_text()) for mark in marks.glob("ended.*.json")] == [{"host": socket.gethostname(), "pid": pid}]
