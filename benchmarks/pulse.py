@@ -160,11 +160,14 @@ def loss_on_logits():
     student, teacher = (torch.randn((512, 2, 8192), generator=generator).to("cuda") for _ in range(2))
     student.requires_grad_()
 
-    def step():
+    def once():
         student.grad = None
         loss = divergence(student, teacher).sum()
         loss.backward()
         return loss.item() * student.grad.abs().sum().item()
+
+    def step():
+        return sum(once() for _ in range(5))  # once is 50 ms, less than what the system's own work now and then takes
 
     return step
 
