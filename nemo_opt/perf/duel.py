@@ -31,7 +31,7 @@ from nemo_opt.perf.trees import Tree
 
 __all__ = ["DuelError", "Pair", "Turn", "duel"]
 
-TURNS = 10
+TURNS = 8
 """Of each tree in a pair."""
 
 SAME_REL = 1e-5
