@@ -84,11 +84,11 @@ def plant(one, folder):
     place.write_text(text.replace(one.found, one.planted) + (SLOWER if "_slower" in one.planted else ""))
 
 
-def compare(head, measured, folder, records=None):
+def compare(head, measured, folder, pairs=None):
     """Exit code and judgements of the command."""
     result = Path(folder) / "compare.json"
     command = [sys.executable, "-m", "nemo_opt.cli", "bench", "compare", str(ROOT), str(head), "--no-exact", "--json", str(result)]
-    command += ["--records", str(records)] if records else []
+    command += ["--pairs", str(pairs)] if pairs else []
     done = subprocess.run([*command, "--only", measured], cwd=ROOT, capture_output=True, text=True, check=False)
     if not result.exists():
         raise SystemExit(f"compare failed:\n{done.stdout}{done.stderr}")
@@ -100,12 +100,12 @@ def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clean", type=int, default=0, metavar="N", help="instead, the tree against itself, N times")
     parser.add_argument("--only", default="", help="only measurements, or planted slowdowns, whose name contains this")
-    parser.add_argument("--records", type=Path, help="keep what --clean measures there, for nemo_opt.perf.power")
+    parser.add_argument("--pairs", type=Path, help="file to which --clean appends what it measures, for nemo_opt.perf.power")
     options = parser.parse_args(arguments)
     wrong = 0
     for number in range(options.clean):
         with tempfile.TemporaryDirectory() as folder:
-            code, verdicts, said = compare(ROOT, options.only, folder, options.records)
+            code, verdicts, said = compare(ROOT, options.only, folder, options.pairs)
         wrong += code != 0
         print(
             f"clean {number + 1}: exit code {code}; " + "; ".join(f"{s} {v} {c:+.1%}" for s, (v, c) in sorted(verdicts.items())), flush=True

@@ -86,7 +86,7 @@ def compare(
     only: Annotated[str, typer.Option("--only", help="Only measurements whose name contains this.")] = "",
     exact: Annotated[bool, typer.Option("--exact/--no-exact", help="Counts (collectives, bytes, quantizers) too.")] = True,
     benchmarks: Benchmarks = FOLDER,
-    records: Annotated[Path | None, typer.Option("--records", help="Also keep the pairs, as records in its folders base and head.")] = None,
+    pairs: Annotated[Path | None, typer.Option("--pairs", help="Append all pairs to this file, for nemo_opt.perf.power.")] = None,
     html: Html = None,
     markdown: Markdown = None,
     json: Json = None,
@@ -104,7 +104,7 @@ def compare(
     from nemo_opt.perf import compare as module
     from nemo_opt.perf import terminal
     from nemo_opt.perf.accepted import read_accepted
-    from nemo_opt.perf.record import write
+    from nemo_opt.perf.pair_file import append_pairs
     from nemo_opt.perf.report import Report
     from nemo_opt.perf.tracker import ACCEPTED
     from nemo_opt.perf.trees import tree
@@ -124,10 +124,8 @@ def compare(
                 accepted=[entry for entry in after if entry not in before],
                 tick=bar.update,
             )
-    if records is not None:
-        for side, runs in (("base", found.base), ("head", found.head)):
-            for one in runs:
-                write(one, records / side)
+    if pairs is not None:
+        append_pairs(pairs, found.base, found.head)
     terminal.show_comparison(found)
     _finish(Report(record=found.head[-1], older=(), judgements=found.judgements), html, markdown, json, table=False)
 

@@ -3,8 +3,9 @@
 Decisions:
 - The noise is that of recorded runs: deviations of every series from its median, drawn again in blocks, so that busy hours stay together.
   The fresh runs of a run are the recorded ones after it.
-- Pairs are those of `compare`, of a tree with itself (`benchmarks/planted.py --clean 20 --records FOLDER`): drawn pair by pair with both
-  clocks, found where either clock says so, extended where either is inconclusive. Without them pairs are recorded neighbours.
+- Pairs are those of `compare`, of a tree with itself (`bench compare . . --pairs FILE`): drawn pair by pair with both clocks, found where
+  either clock says so, extended where either is inconclusive. Without them pairs are recorded neighbours. Where there is no history,
+  the base's runs are one: absolute times of fresh processes, which are noisier than ratios.
 - Rivals (`nemo_opt.perf.rivals`) see the same draws.
 - A rate is per check of one series, lower being better; the slowdowns are of 5 % and 10 %.
 """
@@ -25,6 +26,7 @@ from nemo_opt.perf.change_point import Values
 from nemo_opt.perf.detector import FRESH_RUNS
 from nemo_opt.perf.history import by_series, read_history
 from nemo_opt.perf.otava import NAME, otava
+from nemo_opt.perf.pair_file import read_pairs
 from nemo_opt.perf.pairs import judge_pairs
 from nemo_opt.perf.record import Record
 from nemo_opt.perf.rivals import RULES, Draw, Rule
@@ -105,26 +107,19 @@ def noise_of(records: Sequence[Record]) -> Noise:
     return Noise(deviations=tuple(values - np.median(values) for values in logs), rounds=rounds)
 
 
-def pairs_of(base: Sequence[Record], head: Sequence[Record]) -> tuple[Values, ...]:
-    """Of recorded pairs of a tree with itself, what `Noise.pairs` holds.
+def recorded_noise(place: Path) -> Noise:
+    """Of the pairs that `bench compare . . --pairs` has kept.
 
     Raises:
-        DataError: Both sides do not have the same series as often, or none has enough pairs.
+        DataError: The file is not one of pairs, or no measurement has enough of them.
 
     """
-    sides = [{name: np.log([point.value for point in points]) for name, points in by_series(side).items()} for side in (base, head)]
-    counts = [{name: len(values) for name, values in side.items()} for side in sides]
-    if counts[0] != counts[1]:
-        raise DataError(
-            f"{counts[0]} runs of the base != {counts[1]} of the change: give the folders base and head of the same comparisons"
-        )
-    found: dict[str, list[Values]] = {}
-    for name in sides[0]:
-        found.setdefault(name.rpartition("/")[0], []).append(sides[1][name] - sides[0][name])
-    enough = {name: np.stack(clocks, axis=1) for name, clocks in found.items() if len(clocks[0]) >= MIN_RUNS}
-    if not enough:
-        raise DataError(f"no measurement has {MIN_RUNS} pairs: record more comparisons")
-    return tuple(enough.values())
+    found = {name: values for name, values in read_pairs(place).items() if len(values) >= MIN_RUNS}
+    if not found:
+        raise DataError(f"{place}: no measurement has {MIN_RUNS} pairs: record more comparisons")
+    logs = [np.log(values) for values in found.values()]
+    alone = [clock - np.median(clock) for both in logs for clock in both[:, 0].T]
+    return Noise(deviations=tuple(alone), pairs=tuple(both[:, 1] - both[:, 0] for both in logs))
 
 
 def invented_noise(*, deviation: float = 0.02, outliers: float = 0.03, likeness: float = 0.0, seed: int = 0) -> Noise:
@@ -259,19 +254,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m nemo_opt.perf.power",
         description="False alarms and power of the rules, on the noise of recorded runs of the same sources.",
-        epilog="Example: python -m nemo_opt.perf.power benchmarks/history/x86-64-intel-r-xeon-r-processor-f6m207-2-cores",
+        epilog="Example: python -m nemo_opt.perf.power --pairs benchmarks/noise/x86-64-intel-r-xeon-r-processor-f6m207-2-cores.jsonl",
     )
     parser.add_argument("folder", type=Path, nargs="?", help="of one platform; without it the noise is invented: 2 %%, 3 %% outliers")
-    parser.add_argument("--pairs", type=Path, help="holds base/ and head/ of recorded comparisons of a tree with itself, of one platform")
+    parser.add_argument("--pairs", type=Path, help="file of recorded pairs of a tree with itself (bench compare . . --pairs FILE)")
     parser.add_argument("--trials", type=int, default=400, help="histories for each slowdown (400)")
     parser.add_argument("--runs", type=int, default=30, help="of a history before the change (30)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
     parser.add_argument("--otava", type=Path, help="python of an environment with apache-otava: one more rival (ci/otava.sh makes it)")
     given = parser.parse_args(arguments)
     try:
-        noise = noise_of(read_history(given.folder)) if given.folder else invented_noise()
-        if given.pairs:
-            noise = replace(noise, pairs=pairs_of(*(_only_platform(given.pairs / side) for side in ("base", "head"))))
+        noise = recorded_noise(given.pairs) if given.pairs else invented_noise()
+        if given.folder:
+            noise = replace(noise_of(read_history(given.folder)), pairs=noise.pairs)
         with otava(given.otava) if given.otava else nullcontext() as rival:
             rules = RULES | ({NAME: rival} if rival else {})
             rows = power_table(noise, trials=given.trials, runs=given.runs, seed=given.seed, rules=rules)
@@ -280,15 +275,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     return 0
-
-
-def _only_platform(folder: Path) -> tuple[Record, ...]:
-    platforms = sorted(place for place in folder.glob("*") if place.is_dir())
-    if len(platforms) != 1:
-        raise DataError(
-            f"{folder} holds the records of {len(platforms)} platforms, not of one: give what `bench compare --records` has kept"
-        )
-    return read_history(platforms[0])
 
 
 def _print(noise: Noise, rows: Sequence[Row], trials: int) -> None:

@@ -5,7 +5,8 @@ import pytest
 
 from nemo_opt.errors import DataError
 from nemo_opt.perf import power as module
-from nemo_opt.perf.power import invented_noise, main, noise_of, pairs_of, power_table
+from nemo_opt.perf.pair_file import append_pairs
+from nemo_opt.perf.power import invented_noise, main, noise_of, power_table, recorded_noise
 from nemo_opt.perf.record import write
 
 
@@ -74,27 +75,28 @@ def test_draws_keep_neighbours_together():
 
 class TestRecordedPairs:
     @pytest.fixture
-    def sides(self, figure, run):
-        """Twelve pairs of one measurement by two clocks, whose ratios are 1.01 and 0.99, and one with a count."""
+    def kept(self, figure, run, tmp_path):
+        """A file of pairs of one measurement by two clocks, whose ratios are 1.01 and 0.99."""
 
-        def side(factors):
-            return [
-                run(i, *(figure(x * (2 + i % 3), name, kind="time") for name, x in zip(("time", "processor time"), factors, strict=True)))
-                for i in range(12)
-            ]
+        def keep(pairs=12):
+            def side(factors):
+                clocks = list(zip(("time", "processor time"), factors, strict=True))
+                return [run(i, *(figure(x * (2 + i % 3), name, kind="time") for name, x in clocks)) for i in range(pairs)]
 
-        return side((1.0, 1.0)), side((1.01, 0.99))
+            append_pairs(tmp_path / "pairs.jsonl", side((1.0, 1.0)), side((1.01, 0.99)))
+            return tmp_path / "pairs.jsonl"
 
-    def test_ratios_are_those_of_pairs_by_clock(self, sides):
-        (pairs,) = pairs_of(*sides)
-        assert np.exp(pairs) == pytest.approx(np.tile([1.01, 0.99], (12, 1)))
+        return keep
 
-    def test_sides_that_do_not_match_are_refused(self, sides):
-        base, head = sides
-        with pytest.raises(DataError, match=r"12.*!=.*11"):
-            pairs_of(base, head[:-1])
+    def test_noise_of_pairs_and_of_the_base_alone(self, kept):
+        noise = recorded_noise(kept())
+        assert np.exp(noise.pairs[0]) == pytest.approx(np.tile([1.01, 0.99], (12, 1)), abs=1e-4)
+        assert np.exp(noise.deviations[1]) == pytest.approx(np.tile([2 / 3, 1, 4 / 3], 4))
+        assert len(noise.deviations) == 2
+
+    def test_too_few_are_refused(self, kept):
         with pytest.raises(DataError, match="no measurement has 10 pairs"):
-            pairs_of(base[:9], head[:9])
+            recorded_noise(kept(9))
 
     def test_either_clock_finds(self):
         quiet, slower = np.full(8, 0.001), np.full(8, 0.06)
@@ -112,16 +114,13 @@ class TestRecordedPairs:
         assert module._pairs_rule(np.stack([first, loud], axis=1), 8, 8) is True
         assert module._pairs_rule(np.stack([first, loud], axis=1), 8, 16) is None
 
-    def test_command_takes_what_compare_kept(self, sides, tmp_path, capsys, monkeypatch):
+    def test_command_takes_what_compare_kept(self, kept, tmp_path, capsys, monkeypatch):
         monkeypatch.setenv("COLUMNS", "200")
         monkeypatch.setattr(module, "CHECKS", 1)
-        for name, records in zip(("base", "head"), sides, strict=True):
-            for record in records:
-                write(record, tmp_path / name)
-        assert main(["--pairs", str(tmp_path), "--trials", "3", "--runs", "10"]) == 0
+        assert main(["--pairs", str(kept()), "--trials", "3", "--runs", "10"]) == 0
         assert "12 pairs of 1 measurements, by clock 0.0%, 0.0%" in capsys.readouterr().out
-        assert main(["--pairs", str(tmp_path / "base")]) == 2
-        assert "holds the records of 0 platforms" in capsys.readouterr().err
+        assert main(["--pairs", str(tmp_path / "nothing")]) == 2
+        assert "cannot be read" in capsys.readouterr().err
 
 
 @pytest.fixture
