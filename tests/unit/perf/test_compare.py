@@ -1,5 +1,7 @@
 """Two trees against each other, with a measuring program that computes nothing: its times are what each tree's file says."""
 
+import random
+import statistics
 import subprocess
 from pathlib import Path
 
@@ -104,6 +106,21 @@ def test_what_is_undecided_after_eight_pairs_gets_eight_more_once(pulse, make):
     found = compared(make("base", noise=0.3), make("head", noise=0.3, seed=1), pulse, only="step")
     assert len(found.head) == 16
     assert {judgement.n for judgement in found.judgements} == {16}
+
+
+@pytest.mark.parametrize(("noise", "turns"), [(0.001, {duel.TURNS}), (0.5, {duel.MOST_TURNS})])
+def test_a_pair_takes_more_turns_where_they_are_noisy(pulse, make, noise, turns):
+    with tree(make("base", noise=noise), Path()) as before, tree(make("head", noise=noise, seed=1), Path()) as after:
+        (pairs,) = duel.duel(before, after, pulse, [0], 2).values()
+    assert {len(side) for pair in pairs for side in (pair.base, pair.head)} == turns
+
+
+def test_the_error_of_a_median_is_that_of_normal_noise():
+    rng = random.Random(0)
+    draws = [[rng.gauss(0, 1) for _ in range(24)] for _ in range(400)]
+    told = statistics.median(duel._error_of_median(values) for values in draws)
+    assert told == pytest.approx(statistics.stdev(statistics.median(values) for values in draws), rel=0.15)
+    assert duel._error_of_median([3.0] * 8) == 0.0
 
 
 def test_another_result_is_said_and_fails_nothing(pulse, make):
