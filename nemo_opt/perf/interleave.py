@@ -1,5 +1,7 @@
 """Contenders measured side by side: in one process, in turns, in an order that changes, so that drift and neighbours meet all alike.
 
+None runs twice in a row, since it would find its own data in the caches; so two take turns in one order.
+
 The number that counts is `ratios`: each turn's own, whose median does not care for a turn that something else has disturbed.
 """
 
@@ -35,7 +37,7 @@ def interleave(
     was_enabled = gc.isenabled()
     try:
         for turn in range(warmup + rounds):
-            shift = turn % len(names)
+            shift = turn % len(names) if len(names) > 2 else 0
             for name in names[shift:] + names[:shift]:
                 gc.collect(0)  # garbage of one contender is not the next one's
                 gc.disable()

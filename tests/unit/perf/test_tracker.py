@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from nemo_opt.cli.main import app
 from nemo_opt.errors import ConfigError, DataError
 from nemo_opt.perf import compare, judge, record, tracker
+from nemo_opt.perf.pair_file import read_pairs
 
 HERE = "a-platform"
 ROOT = Path(__file__).parents[3]
@@ -187,14 +188,14 @@ class TestCommands:
 
         monkeypatch.setattr(compare, "measurements", lambda pulse, only: [(pulse, only)])
         monkeypatch.setattr(compare, "compare", compared)
-        options = ["--benchmarks", tmp_path, "--records", tmp_path / "records", "--markdown", tmp_path / "compare.md"]
+        options = ["--benchmarks", tmp_path, "--pairs", tmp_path / "pairs.jsonl", "--markdown", tmp_path / "compare.md"]
         found, said = self.invoke("compare", ROOT, ROOT, "--no-exact", *options)
         assert found == code
         assert ("REGRESSION" in said) == bool(code)
         assert "computes something else than in the base" in said
         assert asked["trees"] == [str(ROOT)] * 2
         assert asked["exact"] is None
-        assert [len(list((tmp_path / "records" / side).glob("*/*.json"))) for side in ("base", "head")] == [8, 8]
+        assert {values.shape for values in read_pairs(tmp_path / "pairs.jsonl").values()} == {(8, 2, 1)}
         assert "step" in (tmp_path / "compare.md").read_text()
 
     def test_what_cannot_be_compared_is_bad_input(self, tmp_path):
