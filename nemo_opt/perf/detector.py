@@ -14,37 +14,28 @@ Pure functions of numbers. Decisions:
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 
 from nemo_opt.errors import DataError
 from nemo_opt.perf.change_point import ChangePoint, Values, change_points
+from nemo_opt.perf.noise import MIN_RUNS, RECENT, deviation_of, level_and_noise
 from nemo_opt.perf.record import Direction
 from nemo_opt.perf.verdict import Finding, Verdict
 
-__all__ = ["FRESH_RUNS", "MIN_POINTS", "control_discoveries", "judge_latest"]
-
-MIN_POINTS = 6
-"""Of a baseline: the deviation of fewer says nothing (the 99.7 % point of z of five points is 28)."""
-
-RECENT = 30
-"""Runs that tell level and noise."""
+__all__ = ["FRESH_RUNS", "control_discoveries", "judge_latest"]
 
 MIN_JUMP = 0.05
 """Relative size of a jump that matters."""
 
 JUMP_Z = 2.2
-"""In corrected units (`_noise`). The false alarms are held down by the median of three, not by this: see `nemo_opt.perf.power`."""
+"""In deviations (`nemo_opt.perf.noise`). The false alarms are held down by the median of three, not by this: see `nemo_opt.perf.power`."""
 
 FRESH_RUNS = 2
 """That confirm or refute a jump."""
 
 RESOLVED = 0.10
 """A series in which a jump of this size would not be seen is too noisy to be called OK when it moved."""
-
-MIN_NOISE = 0.002
-"""Relative floor of the noise: figures are written with finite digits, and a constant history must not make a last digit a jump."""
 
 LOOK_BACK = 8
 """Runs during which a change point is news; after that the distance from the accepted level counts."""
@@ -80,8 +71,8 @@ def judge_latest(
         raise DataError(f"{len(values)} values of the latest run; give 1, or {1 + FRESH_RUNS} with the fresh ones")
     past, fresh = _logs(history), _logs(values)
     value = float(_middle(fresh))
-    if len(past) < MIN_POINTS:
-        told = f"{math.exp(value):.4g}, {len(past)} earlier runs; {MIN_POINTS} are needed"
+    if len(past) < MIN_RUNS:
+        told = f"{math.exp(value):.4g}, {len(past)} earlier runs; {MIN_RUNS} are needed"
         return Finding(verdict=Verdict.NO_BASELINE, reason=told, value=math.exp(value), n=len(past))
     jump = _judge_jump(past, fresh, direction, environment_changed)
     drift = _judge_drift(past, value, direction, environment_changed)
@@ -107,7 +98,7 @@ def _verdict(size: float, direction: Direction) -> Verdict:
 
 
 def _judge_jump(past: Values, fresh: Values, direction: Direction, environment_changed: Collection[int]) -> Finding:
-    level, noise = _level_and_noise(past)
+    level, noise = level_and_noise(past)
     n = min(len(past), RECENT)
     value = float(_middle(fresh))
     first = float(fresh[0]) - level
@@ -146,9 +137,9 @@ def _judge_jump(past: Values, fresh: Values, direction: Direction, environment_c
 def _seen_before(past: Values, value: float) -> Finding | None:
     """The jump, if the two runs before the latest are beyond it as well: then they are its confirmation."""
     earlier, recent = past[:-FRESH_RUNS], [*past[-FRESH_RUNS:], value]
-    if len(earlier) < MIN_POINTS:
+    if len(earlier) < MIN_RUNS:
         return None
-    level, noise = _level_and_noise(earlier)
+    level, noise = level_and_noise(earlier)
     least = max(math.log1p(MIN_JUMP), JUMP_Z * noise)
     size = float(np.median(recent)) - level
     if abs(size) < least or (recent[0] - level) * size < 0 or abs(recent[0] - level) < least:
@@ -166,27 +157,6 @@ def _seen_before(past: Values, value: float) -> Finding | None:
         n=n,
         index=len(earlier),
     )
-
-
-def _level_and_noise(past: Values) -> tuple[float, float]:
-    """The median of the current level, and the noise around the levels of the last runs."""
-    edges = [0, *(point.index for point in change_points(past)), len(past)]
-    levels = [past[begin:end] for begin, end in pairwise(edges)]
-    current = levels[-1][-RECENT:]
-    around = np.concatenate([level - np.median(level) for level in levels])[-RECENT:]
-    # The median of a few points is itself uncertain (its variance is 1.57 / n of theirs); that of thirty is in `_noise`.
-    uncertain = math.sqrt((1 + 1.57 / len(current)) / (1 + 1.57 / RECENT))
-    return float(np.median(current)), _noise(around) * max(uncertain, 1.0)
-
-
-def _noise(deviations: Values) -> float:
-    """The standard deviation by the median of the sizes, enlarged for few points.
-
-    The factor makes z = 3 as rare as of a normal deviate whatever the number of points. It was fitted to 400,000 draws each of normal
-    noise: the 99.7 % points of z without it are 12.96, 6.92, 5.38, 4.48 and 3.89 for 6, 10, 15, 20 and 30 points.
-    """
-    few = 1 + 7.7 / (len(deviations) - 4.3)
-    return max(1.4826 * float(np.median(np.abs(deviations))) * few, MIN_NOISE)
 
 
 def _p_of(z: float, runs: int) -> float:
@@ -208,7 +178,7 @@ def _judge_drift(past: Values, value: float, direction: Direction, environment_c
         return _from_point(logs, points, len(points) - 1, direction, environment_changed)
     accepted, current = float(np.median(logs[: points[0].index])), float(np.median(logs[newest.index :]))
     counted = 1 / points[0].index + 1 / (len(logs) - newest.index)
-    deviation = _level_and_noise(logs)[1] * math.sqrt(1.57 * counted)
+    deviation = level_and_noise(logs)[1] * math.sqrt(1.57 * counted)
     if abs(current - accepted) < max(math.log1p(MIN_JUMP), LEVEL_Z * deviation):
         return None
     blamed = [i for i, point in enumerate(points) if not _at_environment(point, environment_changed)]
@@ -240,7 +210,7 @@ def _judge_creep(logs: Values, direction: Direction) -> Finding | None:
     size = current - accepted
     runs = np.arange(len(logs))
     around = logs - np.polynomial.Polynomial.fit(runs, logs, 1)(runs)
-    deviation = _noise(around - np.median(around)) * math.sqrt(2 * 1.57 / LOOK_BACK)
+    deviation = deviation_of(around - np.median(around)) * math.sqrt(2 * 1.57 / LOOK_BACK)
     if abs(size) < max(math.log1p(MIN_JUMP), LEVEL_Z * deviation):
         return None
     return Finding(

@@ -81,6 +81,7 @@ def _row(row: Row, runs: int) -> dict[str, Any]:
         "case": case,
         "metric": metric,
         "value": "" if figure is None else _firm(words.value(figure)),
+        "noise": _firm(words.noise(row)),
         "spread": "" if figure is None else words.spread(figure),
         "peer": "" if figure is None else _firm(words.peer(figure)),
         "peer_name": "" if figure is None else figure.peer,

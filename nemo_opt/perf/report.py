@@ -15,6 +15,7 @@ from typing import Literal
 from nemo_opt.errors import DataError
 from nemo_opt.perf.accepted import Accepted
 from nemo_opt.perf.history import step
+from nemo_opt.perf.noise import is_within, stated
 from nemo_opt.perf.record import Figure, Record
 from nemo_opt.perf.verdict import Judgement, Step, Verdict
 
@@ -76,6 +77,23 @@ class Row:
     def baseline(self) -> float | None:
         """The judgement's, where it is a number."""
         return None if self.judged is None else _finite(self.judged.baseline)
+
+    @property
+    def noise(self) -> float | None:
+        """How far this run may lie from the level of those before it, as a share; None where that is not known."""
+        return None if self.figure is None else stated(self.figure, self._past)
+
+    @property
+    def repeats(self) -> bool | None:
+        """Whether it lies so near; None where that is not known."""
+        if self.figure is None or self.noise is None or not self._past:
+            return None
+        return is_within(self.figure, self._past)
+
+    @property
+    def _past(self) -> list[float]:
+        """Values of the runs before this one."""
+        return [point.value for point in self.points[:-1]]
 
     @property
     def reason(self) -> str:
@@ -153,6 +171,12 @@ class Report:
         return sum(told), len(told)
 
     @property
+    def repeated(self) -> tuple[int, int]:
+        """(within their stated noise, all whose noise is known from earlier runs)."""
+        told = [row.repeats for row in self.rows if row.repeats is not None]
+        return sum(told), len(told)
+
+    @property
     def good(self) -> bool:
         """Whether there are figures, none regressed or is missing, and no benchmark failed."""
         return bool(self.rows) and not any(verdict.fails for verdict in self.counts) and not self.record.failed
@@ -172,6 +196,7 @@ class Report:
         failed = len(self.record.failed)
         parts = [f"{len(self.rows)} {'figure' if len(self.rows) == 1 else 'figures'}: {told}" if told else "no figures"]
         parts += [f"{reached} of {goals} goals reached"] if goals else []
+        parts += ["{} of {} within their stated noise".format(*self.repeated)] if self.repeated[1] else []
         parts += [f"{failed} {'benchmark' if failed == 1 else 'benchmarks'} failed"] if failed else []
         return "; ".join(parts)
 

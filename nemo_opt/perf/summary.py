@@ -14,8 +14,8 @@ __all__ = ["SCHEMA", "write_json", "write_markdown"]
 SCHEMA = 1
 """Of the JSON file; counts changes of its form."""
 
-_COLUMNS = ("verdict", "what", "case", "metric", "value", "peer", "limit", "goal", "reached", "change")
-_NUMBERS = frozenset({"value", "peer", "limit", "goal", "change"})
+_COLUMNS = ("verdict", "what", "case", "metric", "value", "noise", "peer", "limit", "goal", "reached", "change")
+_NUMBERS = frozenset({"value", "noise", "peer", "limit", "goal", "change"})
 _SPECIAL = re.compile(r"([\\`*_\[\]#|~$@])")
 
 
@@ -43,10 +43,10 @@ def _cells(row: Row) -> list[str]:
     cells = [verdict, *row.names]
     figure = row.figure
     if figure is None:
-        cells += [""] * 5
+        cells += [""] * 6
     else:
         peer = f"{words.peer(figure)} {figure.peer}".strip()
-        cells += [words.value(figure), peer, words.limit(figure), words.goal(figure), words.reached(figure)]
+        cells += [words.value(figure), words.noise(row), peer, words.limit(figure), words.goal(figure), words.reached(figure)]
     return [_escape(cell) for cell in (*cells, words.change(row))]
 
 
@@ -88,7 +88,14 @@ def _json(row: Row) -> dict[str, Any]:
     for name in ("value", "unit", "kind", "direction", "peer", "peer_value", "limit", "goal", "reached", "spread"):
         value = getattr(row.figure, name, None)
         values[name] = _finite(value) if isinstance(value, float) else value
-    values |= {"change": row.change, "baseline": row.baseline, "n": row.judged.n if row.judged else 0, "reason": row.reason}
+    values |= {
+        "noise": row.noise,
+        "repeats": row.repeats,
+        "change": row.change,
+        "baseline": row.baseline,
+        "n": row.judged.n if row.judged else 0,
+        "reason": row.reason,
+    }
     values |= {"changed_at_run": row.changed, "attribution": row.attribution, "level_starts": list(row.levels)}
     return values | {"history": [{"run": point.run, "commit": point.record.commit, "value": point.value} for point in row.points]}
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["show", "show_comparison", "show_history"]
 
-_COLUMNS = ("what", "case", "metric", "value", "peer", "limit", "goal", "reached", "verdict")
-_NUMBERS = frozenset({"value", "peer", "limit", "goal"})
+_COLUMNS = ("what", "case", "metric", "value", "noise", "peer", "limit", "goal", "reached", "verdict")
+_NUMBERS = frozenset({"value", "noise", "peer", "limit", "goal"})
 _STYLES = {
     Verdict.REGRESSION: "red",
     Verdict.MISSING: "red",
@@ -37,7 +37,7 @@ _STYLES = {
 }
 _MOST_NEW = 5
 _TABLE_WIDTH = 116
-"""Characters below which the nine columns fold into slivers; by looking at the suite's own figures."""
+"""Characters below which the ten columns fold into slivers; by looking at the suite's own figures."""
 
 
 def _console() -> Console:
@@ -128,12 +128,12 @@ def _table(rows: list[Row], *, judged: bool) -> Table:
 
 
 def _numbers(row: Row) -> list[str]:
-    """Value, peer, limit, goal, reached."""
+    """Value, noise, peer, limit, goal, reached."""
     figure = row.figure
     if figure is None:
-        return [""] * 5
+        return [""] * 6
     peer = " ".join(part for part in (words.peer(figure), figure.peer) if part)
-    return [words.value(figure), peer, words.limit(figure), words.goal(figure), words.reached(figure)]
+    return [words.value(figure), words.noise(row), peer, words.limit(figure), words.goal(figure), words.reached(figure)]
 
 
 def _blocks(console: Console, rows: list[Row]) -> None:
@@ -141,8 +141,13 @@ def _blocks(console: Console, rows: list[Row]) -> None:
         _line(console, bench, style="bold")
         for row in group:
             _, case, metric = row.names
-            value, peer, limit, goal, reached = _numbers(row)
-            told = [value, f"peer {peer}" if peer else "", f"limit {limit}" if limit else "", f"goal {goal} {reached}" if goal else ""]
+            value, noise, peer, limit, goal, reached = _numbers(row)
+            told = [
+                f"{value} {noise}".rstrip(),
+                f"peer {peer}" if peer else "",
+                f"limit {limit}" if limit else "",
+                f"goal {goal} {reached}" if goal else "",
+            ]
             _line(console, f"{case}, {metric}", indent=2)
             _line(console, "; ".join(part for part in (words.verdict(row), *told) if part), style=_style(row), indent=4)
 

@@ -12,7 +12,7 @@ from nemo_opt.perf.record import Figure
 from nemo_opt.perf.report import Row
 from nemo_opt.perf.verdict import Verdict
 
-__all__ = ["SIGNS", "baseline", "change", "goal", "limit", "number", "peer", "reached", "spread", "value", "verdict"]
+__all__ = ["SIGNS", "baseline", "change", "goal", "limit", "noise", "number", "peer", "reached", "spread", "value", "verdict"]
 
 SIGNS = {
     Verdict.REGRESSION: "\N{BALLOT X}",
@@ -92,6 +92,13 @@ def spread(figure: Figure) -> str:
     """How far the rounds were apart; empty where that is not known."""
     rounds = len(figure.samples)
     return "" if figure.spread is None else f"\N{PLUS-MINUS SIGN}{100 * figure.spread:.1f} % in {rounds} rounds"
+
+
+def noise(row: Row) -> str:
+    """How far a run may lie from those before it; empty where that is not known."""
+    if row.noise is None or row.figure is None:
+        return ""
+    return "exact" if row.figure.kind == "exact" else f"\N{PLUS-MINUS SIGN}{100 * row.noise:.{0 if row.noise >= 0.1 else 1}f} %"
 
 
 def peer(figure: Figure) -> str:

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_opt.errors import DataError
-from nemo_opt.perf.detector import LOOK_BACK, MIN_POINTS, control_discoveries, judge_latest
+from nemo_opt.perf.detector import LOOK_BACK, control_discoveries, judge_latest
+from nemo_opt.perf.noise import MIN_RUNS
 from nemo_opt.perf.verdict import Verdict
 
 
@@ -164,7 +165,7 @@ def test_commit_is_not_excused_by_an_earlier_environment():
 # What there may be
 
 
-@pytest.mark.parametrize("n", range(MIN_POINTS))
+@pytest.mark.parametrize("n", range(MIN_RUNS))
 def test_too_short_a_history_is_no_baseline(n):
     finding = judge_latest([100.0] * n, [500.0])
     assert finding.verdict is Verdict.NO_BASELINE
@@ -186,13 +187,13 @@ def test_only_the_declared_number_of_fresh_runs_is_taken(n):
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.floats(1e-9, 1e9), st.integers(MIN_POINTS, 80), st.sampled_from([1, 3]))
+@given(st.floats(1e-9, 1e9), st.integers(MIN_RUNS, 80), st.sampled_from([1, 3]))
 def test_constant_is_never_flagged(value, n, runs):
     assert judge_latest([value] * n, [value] * runs).verdict is Verdict.OK
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.floats(1e-9, 1e9), st.integers(MIN_POINTS, 60), st.sampled_from([1.06, 1.5, 10.0]))
+@given(st.floats(1e-9, 1e9), st.integers(MIN_RUNS, 60), st.sampled_from([1.06, 1.5, 10.0]))
 def test_mutated_constant_is_always_flagged(value, n, factor):
     assert judge_latest([value] * n, [value * factor] * 3).verdict is Verdict.REGRESSION
     assert judge_latest([value] * n, [value / factor] * 3).verdict is Verdict.IMPROVEMENT

@@ -357,9 +357,9 @@ def test_markdown_is_one_table_of_every_figure(tmp_path):
     text = (tmp_path / "p.md").read_text(encoding="utf-8")
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(one.rows)
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {11}, "a bar in a name ends no cell"
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {12}, "a bar in a name ends no cell"
     assert (
-        "| ✗ regression | KL loss | case 0 | time over ModelOpt's | 0.848 | 1.00 ModelOpt's | 0.67 | ≤ 0.75 | ✗ missed | +20.0 % worse |"
+        "| ✗ regression | KL loss | case 0 | time over ModelOpt's | 0.848 | ±7.9 % | 1.00 ModelOpt's | 0.67 | ≤ 0.75 | ✗ missed | +20.0 % worse |"
         in table
     )
     assert (
@@ -412,7 +412,7 @@ def test_the_terminal_shows_every_figure_at_any_width(width):
     assert lines[-1].strip() == one.summary, "the last line, unbroken, for a program"
     if width == 160:
         heading = next(line for line in lines if "verdict" in line)
-        assert heading.split() == ["what", "case", "metric", "value", "peer", "limit", "goal", "reached", "verdict"]
+        assert heading.split() == ["what", "case", "metric", "value", "noise", "peer", "limit", "goal", "reached", "verdict"]
         assert sum("KL loss  " in line for line in lines) == 1, "a bench is named once"
 
 
