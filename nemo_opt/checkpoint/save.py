@@ -1,7 +1,7 @@
 """Saving: everything that can be refused is refused first, then written beside the target and renamed into place.
 
-Decisions: collective over all ranks of the job, on a file system they share; every rank hashes its share of the files. A save that fails
-for any reason removes what it had written and raises on every rank.
+Decisions: collective over all ranks of the job, on a file system they share; every rank hashes what it writes, while it does, and its
+share of the other files. A save that fails for any reason removes what it had written and raises on every rank.
 """
 
 import json
@@ -18,7 +18,7 @@ from nemo_opt import __version__
 from nemo_opt.checkpoint.amax_sharding import repair_amax_sharding
 from nemo_opt.checkpoint.atomic import check_target, create_beside, discard, publish, remove_stale
 from nemo_opt.checkpoint.info import TOKENIZER_NAME, WEIGHTS_NAME, CheckpointInfo, write_info
-from nemo_opt.checkpoint.manifest import hash_files, list_files, write_manifest
+from nemo_opt.checkpoint.manifest import FileEntry, hash_files, list_files, write_manifest
 from nemo_opt.checkpoint.modelopt_state import is_converted, needed_state, save_modelopt_state
 from nemo_opt.checkpoint.optimizer import optimizer_state
 from nemo_opt.checkpoint.sizes import check_same_model
@@ -97,11 +97,11 @@ def save_checkpoint(
     on_first(lambda: check_space(target, needed_bytes))
     partial = on_first(lambda: _create(target))
     try:
-        write_sharded(state, partial / WEIGHTS_NAME)
+        written = write_sharded(state, partial / WEIGHTS_NAME)
         if modelopt_state is not None:
             save_modelopt_state(modelopt_state, partial / WEIGHTS_NAME)
         on_first(lambda: _write_rest(info, partial, tokenizer_dir))
-        _write_manifest(partial)
+        _write_manifest(partial, {f"{WEIGHTS_NAME}/{name}": entry for name, entry in written.items()})
         if prove is not None:
             prove(partial)
         on_first(lambda: _publish(partial, target, overwrite=overwrite))
@@ -173,12 +173,17 @@ def _copy_files(source: Path, target: Path) -> None:
             shutil.copyfile(path, copy)
 
 
-def _write_manifest(partial: Path) -> None:
-    names = on_first(lambda: sorted(list_files(partial), key=lambda name: -(partial / name).stat().st_size))
+def _write_manifest(partial: Path, known: dict[str, FileEntry]) -> None:
+    """Of the checksums that this rank knows, and those of the files whose checksums no rank knows."""
+    entries = _merged(on_each(lambda: known))
+    names = on_first(lambda: sorted(set(list_files(partial)) - entries.keys(), key=lambda name: -(partial / name).stat().st_size))
     share = names[rank() :: world_size()]
-    parts = on_each(lambda: hash_files(partial, share, progress=rank() == 0))
-    entries = {name: entry for part in parts for name, entry in part.items()}
+    entries |= _merged(on_each(lambda: hash_files(partial, share, progress=rank() == 0)))
     on_first(lambda: write_manifest(partial, entries))
+
+
+def _merged(parts: Sequence[dict[str, FileEntry]]) -> dict[str, FileEntry]:
+    return {name: entry for part in parts for name, entry in part.items()}
 
 
 def _publish(partial: Path, target: Path, *, overwrite: bool) -> None:
