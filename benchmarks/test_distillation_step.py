@@ -2,8 +2,8 @@
 
 All run in the same processes, interleaved and in rotating order; each time is that between two barriers, so it is the slowest rank's.
 The same weights, samples, wrapper and optimizer: ModelOpt's model is driven as Megatron-LM drives it. Asserted is that both compute the
-same loss and the same gradients; figures stand beside their goals. Time is taken where the CPU's allocator keeps freed pages
-(benchmarks/conftest.py); memory is taken after it, where it returns them. Idle is time inside messages between pipeline stages.
+same loss and the same gradients; figures stand beside their goals. Memory is that of tensors, at its highest in a step. Idle is time inside
+messages between pipeline stages.
 
 Limits, as shares of ModelOpt's time:
 - without pipeline stages: the student's step and the teacher's forward pass, one after the other, of the same turn;
@@ -78,8 +78,7 @@ def compare(layout, pairs, microbatches, teacher_width, hidden, layers, vocabula
                 idle_s[name].append(sum(idle))
         last = {name: contenders[name]() for name in ("ours", "ModelOpt")}
         torch.testing.assert_close(last["ours"][0], last["ModelOpt"][0], rtol=1e-3, atol=0.0)  # after some steps of Adam
-        extras = [{name: extra_bytes(step) for name, step in contenders.items()} for _ in range(3)]
-        extra = {name: statistics.median(turn[name] for turn in extras) for name in contenders}
+        extra = {name: extra_bytes(step) for name, step in contenders.items()}
     return {"time": times_s, "processor": processor_s, "idle": idle_s, "memory": extra}
 
 
