@@ -2,7 +2,7 @@
 
 Decisions:
 - Eight pairs first; where they leave anything undecided, eight more, once (`nemo_opt.perf.pairs`): the declared rule, not another try.
-- A pair's value of the change is the base's times the median of the turns' ratios, since turns that were taken side by side are alike.
+- A pair's value of the change is the base's times the middle of the turns' ratios, since turns that were taken side by side are alike.
 - Counts that are the same in each run (`benchmarks/test_exact.py`) are measured once in each tree, and judged by equality.
 """
 
@@ -17,11 +17,13 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
+
 from nemo_opt.errors import ConfigError
 from nemo_opt.perf import judge
 from nemo_opt.perf.accepted import Accepted
 from nemo_opt.perf.duel import Pair, duel
-from nemo_opt.perf.pairs import MIN_PAIRS, MORE_PAIRS
+from nemo_opt.perf.pairs import MIN_PAIRS, MORE_PAIRS, middle
 from nemo_opt.perf.platform import environment, platform_key
 from nemo_opt.perf.record import Figure, Record, read
 from nemo_opt.perf.trees import Tree
@@ -146,7 +148,7 @@ def _figure(one: Measurement, pair: Pair, side: int, clock: str) -> Figure:
     base, head = ([getattr(turn, CLOCKS[clock]) for turn in turns] for turns in (pair.base, pair.head))
     value = statistics.median(base)
     if side == 1:
-        value *= math.exp(statistics.median(math.log(after / before) for before, after in zip(base, head, strict=True)))
+        value *= math.exp(middle(np.log(np.asarray(head) / np.asarray(base))))
     return Figure(bench=one.bench, case=one.case, metric=clock, kind="time", unit="s", value=value, samples=tuple((base, head)[side]))
 
 

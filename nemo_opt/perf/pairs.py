@@ -17,7 +17,7 @@ from nemo_opt.perf.change_point import Values
 from nemo_opt.perf.record import Direction
 from nemo_opt.perf.verdict import Finding, Verdict
 
-__all__ = ["MIN_CHANGE", "MIN_PAIRS", "MORE_PAIRS", "RESOLVED", "judge_pairs", "signed_rank_p"]
+__all__ = ["MIN_CHANGE", "MIN_PAIRS", "MORE_PAIRS", "RESOLVED", "judge_pairs", "middle", "signed_rank_p"]
 
 MIN_PAIRS = 8
 """Of a verdict that can fail: seven pairs that all agree have p = 0.0078, and a single one that does not takes that above 0.01."""
@@ -118,10 +118,20 @@ def _distribution(ranks: Sequence[int]) -> Values:
     return chances
 
 
+def middle(values: Values) -> float:
+    """Hodges and Lehmann's estimate (1963), the median of the means of each two: nearly as robust as a median, as exact as a mean."""
+    return float(np.median(_means(values)))
+
+
+def _means(values: Values) -> Values:
+    """Of each two values, one and the same included, in order."""
+    return np.sort(((values[:, None] + values) / 2)[np.triu_indices(len(values))])
+
+
 def _interval(logs: Values) -> tuple[float, float]:
     """The interval of Hodges and Lehmann: of the means of two differences, those that signed ranks do not refuse."""
     n = len(logs)
-    means = np.sort(((logs[:, None] + logs) / 2)[np.triu_indices(n)])
+    means = _means(logs)
     chances = _distribution([2 * rank for rank in range(1, n + 1)])[::2].cumsum()
     cut = int(np.searchsorted(chances, (1 - _CONFIDENCE) / 2, "right"))
     # With fewer than six pairs no interval of this confidence is finite.

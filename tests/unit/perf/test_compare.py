@@ -5,12 +5,14 @@ import statistics
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nemo_opt.errors import ConfigError
 from nemo_opt.perf import compare as module
 from nemo_opt.perf import duel, trees
 from nemo_opt.perf.duel import DuelError
+from nemo_opt.perf.pairs import middle
 from nemo_opt.perf.trees import tree
 from nemo_opt.perf.verdict import Verdict
 
@@ -115,12 +117,12 @@ def test_a_pair_takes_more_turns_where_they_are_noisy(pulse, make, noise, turns)
     assert {len(side) for pair in pairs for side in (pair.base, pair.head)} == turns
 
 
-def test_the_error_of_a_median_is_that_of_normal_noise():
+def test_the_error_of_a_pair_is_that_of_normal_noise():
     rng = random.Random(0)
     draws = [[rng.gauss(0, 1) for _ in range(24)] for _ in range(400)]
-    told = statistics.median(duel._error_of_median(values) for values in draws)
-    assert told == pytest.approx(statistics.stdev(statistics.median(values) for values in draws), rel=0.15)
-    assert duel._error_of_median([3.0] * 8) == 0.0
+    told = statistics.median(duel._error_of_middle(values) for values in draws)
+    assert told == pytest.approx(statistics.stdev(middle(np.array(values)) for values in draws), rel=0.15)
+    assert duel._error_of_middle([3.0] * 8) == 0.0
 
 
 def test_another_result_is_said_and_fails_nothing(pulse, make):

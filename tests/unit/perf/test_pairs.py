@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import wilcoxon
 
 from nemo_opt.errors import DataError
-from nemo_opt.perf.pairs import MIN_PAIRS, MORE_PAIRS, judge_pairs, signed_rank_p
+from nemo_opt.perf.pairs import MIN_PAIRS, MORE_PAIRS, judge_pairs, middle, signed_rank_p
 from nemo_opt.perf.verdict import Verdict
 
 
@@ -155,3 +155,19 @@ def test_eight_pairs_find_five_per_cent_where_pairs_deviate_by_two():
     draws = np.random.default_rng(0).normal(np.log(1.05), 0.02, (300, MIN_PAIRS))
     found = [judge_pairs([1.0] * MIN_PAIRS, np.exp(logs).tolist()).verdict.fails for logs in draws]
     assert np.mean(found) >= 0.95
+
+
+@given(st.lists(st.floats(-1, 1), min_size=1, max_size=30), st.floats(-1, 1))
+def test_the_middle_moves_with_its_values(values, step):
+    found = middle(np.array(values))
+    assert min(values) - 1e-12 <= found <= max(values) + 1e-12
+    assert middle(np.array(values) + step) == pytest.approx(found + step, abs=1e-9)
+    assert middle(-np.array(values)) == pytest.approx(-found, abs=1e-12)
+
+
+def test_the_middle_needs_two_thirds_of_the_values_of_a_median_and_does_not_follow_outliers():
+    draws = np.random.default_rng(0).normal(size=(4000, 16))
+    of_middle, of_median = (np.std([estimate(draw) for draw in draws]) for estimate in (middle, np.median))
+    assert 0.60 < (of_middle / of_median) ** 2 < 0.75
+    draws[:, :3] = 100.0
+    assert np.abs([middle(draw) for draw in draws]).max() < 3.0
