@@ -116,6 +116,8 @@ def _read(reader: SafetensorsReader, shard: Shard, config: ModelConfig) -> None:
 def hf_weights(key: str, weight: torch.Tensor, config: ModelConfig) -> dict[str, torch.Tensor]:
     """Hugging Face weights by name, from the whole Megatron weight `key` (a `Shard.key`) or what has one entry for each row.
 
+    Rows that lie together are a view of `weight`.
+
     Raises:
         ConfigError: A Llama has no such weight.
         CheckpointError: The weight is too small.
@@ -125,7 +127,7 @@ def hf_weights(key: str, weight: torch.Tensor, config: ModelConfig) -> dict[str,
     rows: dict[str, list[torch.Tensor]] = {}
     for piece in hf_pieces(key, config):
         rows.setdefault(piece.name, []).append(weight[piece.row : piece.row + piece.num_rows])
-    whole = {name: torch.cat(parts) for name, parts in rows.items()}
+    whole = {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in rows.items()}
     for name, tensor in whole.items():
         if len(tensor) != shapes[name][0]:
             raise CheckpointError(f"{key} has rows for {len(tensor)} of the {shapes[name][0]} rows of {name}")
