@@ -30,7 +30,7 @@ SHAPES = {
     "full": {"hidden": 256, "layers": 8, "vocabulary": 8192, "seq": 256, "rounds": 6},
     # for many numbers of micro-batches and sizes of the teacher
     "sweep": {"hidden": 128, "layers": 8, "vocabulary": 4096, "seq": 128, "rounds": 4},
-    "short": {"hidden": 128, "layers": 4, "vocabulary": 4096, "seq": 256, "rounds": 6},
+    "short": {"hidden": 128, "layers": 4, "vocabulary": 4096, "seq": 256, "rounds": 10},
 }
 MICRO_BATCH = 2
 PAIRS = {"logits": (), "hidden": (("decoder.final_layernorm", "decoder.final_layernorm"),)}

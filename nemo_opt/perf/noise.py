@@ -4,6 +4,7 @@ Decisions:
 - Robust: by the median of the sizes of deviations, which a few disturbed runs do not move.
 - Around the levels: a change that the series has gone through is not its noise.
 - Of few runs it is enlarged, so that three deviations are as rare as of a normal deviate whatever the number of runs.
+- Before there are enough runs it is reckoned from the rounds of the run, which share the luck of their process: that luck is added.
 """
 
 import math
@@ -13,6 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from nemo_opt.errors import DataError
 from nemo_opt.perf.change_point import Values, change_points
 from nemo_opt.perf.exact import MEMORY_TOL_REL
 from nemo_opt.perf.record import Figure
@@ -21,6 +23,9 @@ __all__ = ["MIN_RUNS", "RECENT", "deviation_of", "is_within", "level_and_noise",
 
 MIN_RUNS = 6
 """That tell a noise: the deviation of fewer says nothing (the 99.7 % point of z of five points is 28)."""
+
+_MIN_ROUNDS = 3
+"""That tell anything."""
 
 RECENT = 30
 """Runs that tell level and noise."""
@@ -31,9 +36,13 @@ _MIN_DEVIATION = 0.002
 _DEVIATIONS = 3.0
 """That are stated: one run of 370 lies farther out by chance."""
 
+_LUCK = {"ratio": 0.04, "time": 0.10}
+"""Relative deviation of runs whose rounds all agree: ratios of freshly started processes of the same sources deviated by 1.3 to 4.4 %
+(benchmarks/noise), the times of one of them by 7 to 15 % in a busy hour."""
+
 
 def stated(figure: Figure, past: Sequence[float]) -> float | None:
-    """How far a run of the same sources may lie from the level of the runs before it, as a share; None where too few are known.
+    """How far a run of the same sources may lie from the level of the runs before it, as a share; None where nothing tells it.
 
     Args:
         figure: Of the run. Counts have none, memory has its tolerance.
@@ -44,17 +53,29 @@ def stated(figure: Figure, past: Sequence[float]) -> float | None:
         return 0.0
     if figure.kind == "memory":
         return MEMORY_TOL_REL
-    if len(past) < MIN_RUNS:
+    if len(past) >= MIN_RUNS:
+        return math.expm1(_DEVIATIONS * level_and_noise(np.log(np.asarray(past, float)))[1])
+    if len(figure.samples) < _MIN_ROUNDS or min(figure.samples) <= 0:
         return None
-    return math.expm1(_DEVIATIONS * level_and_noise(np.log(np.asarray(past, float)))[1])
+    rounds = np.log(np.asarray(figure.samples, float))
+    of_median = math.sqrt(math.pi / 2) * 1.4826 * float(np.median(np.abs(rounds - np.median(rounds)))) / math.sqrt(len(rounds))
+    return math.expm1(_DEVIATIONS * math.hypot(of_median, _LUCK[figure.kind]))
 
 
 def is_within(figure: Figure, past: Sequence[float]) -> bool:
-    """Whether the run's value is as near as `stated` says to the level of those before it, of which there is at least one."""
+    """Whether the run's value is as near as `stated` says to the level of those before it, of which there is at least one.
+
+    Raises:
+        DataError: Nothing tells the noise.
+
+    """
     noise = stated(figure, past)
-    if figure.kind in ("exact", "memory") or noise is None:
-        return abs(figure.value - statistics.median(past)) <= (noise or 0.0) * abs(statistics.median(past))
-    level, _ = level_and_noise(np.log(np.asarray(past, float)))
+    if noise is None:
+        raise DataError(f"{figure.series}: no noise is known")
+    if figure.kind in ("exact", "memory"):
+        return abs(figure.value - statistics.median(past)) <= noise * abs(statistics.median(past))
+    logs = np.log(np.asarray(past, float))
+    level = level_and_noise(logs)[0] if len(past) >= MIN_RUNS else float(np.median(logs))
     return abs(math.log(figure.value) - level) <= math.log1p(noise)
 
 

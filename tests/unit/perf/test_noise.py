@@ -7,14 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemo_opt.errors import DataError
 from nemo_opt.perf.noise import MIN_RUNS, is_within, stated
 from nemo_opt.perf.record import Figure
 
 values = st.lists(st.floats(1e-3, 1e3), min_size=MIN_RUNS, max_size=40)
 
 
-def figure(value=1.0, kind="ratio"):
-    return Figure(bench="loss", case="TP1", metric="time of ModelOpt's", value=value, kind=kind)
+def figure(value=1.0, kind="ratio", samples=()):
+    return Figure(bench="loss", case="TP1", metric="time of ModelOpt's", value=value, kind=kind, samples=samples)
 
 
 def drawn(n, deviation=0.04, seed=0):
@@ -25,6 +26,19 @@ def test_too_few_runs_tell_no_noise():
     past = drawn(MIN_RUNS)
     assert stated(figure(), past[:-1]) is None
     assert stated(figure(), past) > 0
+    with pytest.raises(DataError, match="no noise is known"):
+        is_within(figure(), past[:-1])
+
+
+def test_the_first_runs_state_that_of_their_rounds_and_of_their_processes():
+    quiet, loud = figure(samples=(1.0, 1.0, 1.0)), figure(samples=(1.0, 1.3, 0.8, 1.1, 0.9))
+    assert stated(quiet, []) == pytest.approx(math.expm1(3 * 0.04))
+    assert stated(figure(kind="time", samples=(2.0, 2.0, 2.0)), []) > 2 * stated(quiet, [])
+    assert stated(loud, []) > 2 * stated(quiet, [])
+    assert stated(figure(samples=(1.0, 1.0)), []) is None
+    assert stated(quiet, drawn(MIN_RUNS)) == stated(figure(), drawn(MIN_RUNS)), "enough runs say more than rounds"
+    assert is_within(quiet, [1.10])
+    assert not is_within(quiet, [1.15])
 
 
 def test_counts_have_none_and_memory_its_tolerance():
