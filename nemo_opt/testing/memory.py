@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 
 import nemo_opt._stack
@@ -44,4 +45,6 @@ def _profiled(call: Callable[[], object]) -> int:
         place = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(place))
         events = json.loads(place.read_text(encoding="utf-8"))["traceEvents"]
-    return max((event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]"), default=0)
+    of_memory = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
+    # Not the total that each event tells: it goes on from what the last call has left, whatever became of that since.
+    return max(accumulate(event["args"]["Bytes"] for event in of_memory), default=0)
