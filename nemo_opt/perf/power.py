@@ -4,8 +4,9 @@ Decisions:
 - The noise is that of recorded runs: deviations of every series from its median, drawn again in blocks, so that busy hours stay together.
   The fresh runs of a run are the recorded ones after it.
 - Pairs are those of `compare`, of a tree with itself (`bench compare . . --pairs FILE`): drawn pair by pair with both clocks, found where
-  either clock says so, extended where either is inconclusive. Without them pairs are recorded neighbours. Where there is no history,
-  the base's runs are one: absolute times of fresh processes, which are noisier than ratios.
+  either clock says so, extended where either is inconclusive. Without them pairs are recorded neighbours.
+- Where there is no history of enough runs the pairs are one: a figure is a ratio of two that took turns, as a pair is, of fresh processes.
+  With --times it is the base's own times, which move with the machine's other tenants.
 - Rivals (`nemo_opt.perf.rivals`) see the same draws.
 - A rate is per check of one series, lower being better; the slowdowns are of 5 % and 10 %.
 """
@@ -107,8 +108,12 @@ def noise_of(records: Sequence[Record]) -> Noise:
     return Noise(deviations=tuple(values - np.median(values) for values in logs), rounds=rounds)
 
 
-def recorded_noise(place: Path) -> Noise:
+def recorded_noise(place: Path, *, times: bool = False) -> Noise:
     """Of the pairs that `bench compare . . --pairs` has kept.
+
+    Args:
+        place: The file.
+        times: A history is one of the base's times; or else of ratios.
 
     Raises:
         DataError: The file is not one of pairs, or no measurement has enough of them.
@@ -118,8 +123,9 @@ def recorded_noise(place: Path) -> Noise:
     if not found:
         raise DataError(f"{place}: no measurement has {MIN_RUNS} pairs: record more comparisons")
     logs = [np.log(values) for values in found.values()]
-    alone = [clock - np.median(clock) for both in logs for clock in both[:, 0].T]
-    return Noise(deviations=tuple(alone), pairs=tuple(both[:, 1] - both[:, 0] for both in logs))
+    pairs = [both[:, 1] - both[:, 0] for both in logs]
+    series = [clock for values in ([both[:, 0] for both in logs] if times else pairs) for clock in values.T]
+    return Noise(deviations=tuple(clock - np.median(clock) for clock in series), pairs=tuple(pairs))
 
 
 def invented_noise(*, deviation: float = 0.02, outliers: float = 0.03, likeness: float = 0.0, seed: int = 0) -> Noise:
@@ -258,13 +264,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folder", type=Path, nargs="?", help="of one platform; without it the noise is invented: 2 %%, 3 %% outliers")
     parser.add_argument("--pairs", type=Path, help="file of recorded pairs of a tree with itself (bench compare . . --pairs FILE)")
+    parser.add_argument("--times", action="store_true", help="with --pairs and no folder: a history of times and not of ratios")
     parser.add_argument("--trials", type=int, default=400, help="histories for each slowdown (400)")
     parser.add_argument("--runs", type=int, default=30, help="of a history before the change (30)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
     parser.add_argument("--otava", type=Path, help="python of an environment with apache-otava: one more rival (ci/otava.sh makes it)")
     given = parser.parse_args(arguments)
     try:
-        noise = recorded_noise(given.pairs) if given.pairs else invented_noise()
+        noise = recorded_noise(given.pairs, times=given.times) if given.pairs else invented_noise()
         if given.folder:
             noise = replace(noise_of(read_history(given.folder)), pairs=noise.pairs)
         with otava(given.otava) if given.otava else nullcontext() as rival:

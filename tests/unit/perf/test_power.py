@@ -89,10 +89,12 @@ class TestRecordedPairs:
         return keep
 
     def test_noise_of_pairs_and_of_the_base_alone(self, kept):
-        noise = recorded_noise(kept())
-        assert np.exp(noise.pairs[0]) == pytest.approx(np.tile([1.01, 0.99], (12, 1)), abs=1e-4)
-        assert np.exp(noise.deviations[1]) == pytest.approx(np.tile([2 / 3, 1, 4 / 3], 4))
-        assert len(noise.deviations) == 2
+        ratios, times = recorded_noise(kept()), recorded_noise(kept(), times=True)
+        for noise in (ratios, times):
+            assert np.exp(noise.pairs[0]) == pytest.approx(np.tile([1.01, 0.99], (len(noise.pairs[0]), 1)), abs=1e-4)
+            assert len(noise.deviations) == 2
+        assert np.abs(ratios.deviations).max() < 1e-4
+        assert np.exp(times.deviations[1][:12]) == pytest.approx(np.tile([2 / 3, 1, 4 / 3], 4))
 
     def test_too_few_are_refused(self, kept):
         with pytest.raises(DataError, match="no measurement has 10 pairs"):
