@@ -37,6 +37,9 @@ ROUNDS = {"100 MB": 8, "500 MB": 4}
 GOAL = 2.0
 CHUNK_BYTES = 16 * 2**20
 """Of a raw read."""
+LUCK = {"save": 0.15, "warm": 0.12, "from disk": 0.3}
+"""Relative deviation between runs: warm, a raw read takes 80 ms, and what neighbours leave of the memory's speed decides; from disk, what
+the host of a virtual machine has in its cache does. Two runs were 11.6 and 9.2 raw reads, and 2.3 and 1.2; saves 1.1 to 1.6 raw writes."""
 PEER = "Megatron-Core's dist_checkpointing"
 
 
@@ -189,13 +192,13 @@ def test_checkpoint(benchmark, figure, ranks, tmp_path, saved, loaded, operation
     times_s, total_bytes = benchmark.pedantic(pool.run, args=(measure,), kwargs=arguments, rounds=1)[0]
     before, after = ("TP2PP1", "TP2PP1 to PP2") if saved else ("TP1PP1", "TP1PP1")
     hand_in = partial(_hand_in, figure, total_bytes / 1e6)
-    hand_in("save", f"{before}, {size}", "a raw write's", times_s["save"])
-    hand_in(operation, f"{after}, {size}", "a raw read's", times_s["warm"])
-    hand_in(operation, f"{after}, {size}, from disk", "a raw read's", times_s["from disk"])
+    hand_in("save", f"{before}, {size}", "a raw write's", times_s["save"], LUCK["save"])
+    hand_in(operation, f"{after}, {size}", "a raw read's", times_s["warm"], LUCK["warm"])
+    hand_in(operation, f"{after}, {size}, from disk", "a raw read's", times_s["from disk"], LUCK["from disk"])
 
 
-def _hand_in(figure, megabytes, operation, case, limit_is, times_s):
-    common = {"bench": f"checkpoint {operation}", "case": case, "peer": PEER}
+def _hand_in(figure, megabytes, operation, case, limit_is, times_s, luck):
+    common = {"bench": f"checkpoint {operation}", "case": case, "peer": PEER, "luck": luck}
     share = {name: ratios(times, times_s["raw"]) for name, times in times_s.items()}
     middle = {name: statistics.median(values) for name, values in share.items()}
     figure(**common, metric=f"time of {limit_is}", samples=share["ours"], peer_value=middle["peer"], limit=1.0, goal=GOAL)

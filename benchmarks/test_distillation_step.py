@@ -35,6 +35,7 @@ SHAPES = {
 MICRO_BATCH = 2
 PAIRS = {"logits": (), "hidden": (("decoder.final_layernorm", "decoder.final_layernorm"),)}
 """What is learnt: the logits, or hidden states too, of the last stage, since ModelOpt compares no others."""
+MEMORY_TURNS = 3
 GOAL = 1.0
 """Of ModelOpt's time and memory. The student's step and the teacher's forward pass, which know no loss between them, are a limit."""
 
@@ -78,7 +79,7 @@ def compare(layout, pairs, microbatches, teacher_width, hidden, layers, vocabula
                 idle_s[name].append(sum(idle))
         last = {name: contenders[name]() for name in ("ours", "ModelOpt")}
         torch.testing.assert_close(last["ours"][0], last["ModelOpt"][0], rtol=1e-3, atol=0.0)  # after some steps of Adam
-        extra = {name: extra_bytes(step) for name, step in contenders.items()}
+        extra = {name: [extra_bytes(step) for _ in range(MEMORY_TURNS)] for name, step in contenders.items()}
     return {"time": times_s, "processor": processor_s, "idle": idle_s, "memory": extra}
 
 
@@ -292,10 +293,10 @@ def test_distillation_step(benchmark, figure, ranks, layout, shape, learns, micr
     hand_in = partial(figure, bench="distillation step", case=case)
     _hand_in_times(hand_in, everyone, layout)
     for other, peer in _PEERS.items():
-        shares = [rank["memory"]["ours"] / rank["memory"][other] for rank in everyone]
+        # A ratio and not of kind memory: how long a message's buffer lives, on several ranks, is a matter of time, ModelOpt's by 8 %.
+        shares = [max(turn) for turn in zip(*(ratios(rank["memory"]["ours"], rank["memory"][other]) for rank in everyone), strict=True)]
         goal = GOAL if other == "ModelOpt" else None
-        memory = {"kind": "memory", "unit": "", "peer": peer, "peer_value": 1.0, "goal": goal}
-        hand_in(metric=f"memory of {_OF[other]}, worst rank", value=max(shares), **memory)
+        hand_in(metric=f"peak memory of {_OF[other]}, worst rank", samples=shares, peer=peer, peer_value=1.0, goal=goal)
 
 
 _PEERS = {"ModelOpt": "ModelOpt's plugin", "limit": "student step + teacher forward"}

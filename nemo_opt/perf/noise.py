@@ -59,7 +59,7 @@ def stated(figure: Figure, past: Sequence[float]) -> float | None:
         return None
     rounds = np.log(np.asarray(figure.samples, float))
     of_median = math.sqrt(math.pi / 2) * 1.4826 * float(np.median(np.abs(rounds - np.median(rounds)))) / math.sqrt(len(rounds))
-    return math.expm1(_DEVIATIONS * math.hypot(of_median, _LUCK[figure.kind]))
+    return math.expm1(_DEVIATIONS * math.hypot(of_median, figure.luck or _LUCK[figure.kind]))
 
 
 def is_within(figure: Figure, past: Sequence[float]) -> bool:

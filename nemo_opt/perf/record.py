@@ -60,6 +60,8 @@ class Figure:
     """What no implementation can pass."""
     goal: float | None = None
     """What this project wants."""
+    luck: float | None = None
+    """Relative deviation of runs beyond that of their rounds, where it is known to be more than usual (`nemo_opt.perf.noise`)."""
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.value):

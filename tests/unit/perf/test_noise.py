@@ -14,8 +14,8 @@ from nemo_opt.perf.record import Figure
 values = st.lists(st.floats(1e-3, 1e3), min_size=MIN_RUNS, max_size=40)
 
 
-def figure(value=1.0, kind="ratio", samples=()):
-    return Figure(bench="loss", case="TP1", metric="time of ModelOpt's", value=value, kind=kind, samples=samples)
+def figure(value=1.0, kind="ratio", samples=(), **more):
+    return Figure(bench="loss", case="TP1", metric="time of ModelOpt's", value=value, kind=kind, samples=samples, **more)
 
 
 def drawn(n, deviation=0.04, seed=0):
@@ -37,6 +37,7 @@ def test_the_first_runs_state_that_of_their_rounds_and_of_their_processes():
     assert stated(loud, []) > 2 * stated(quiet, [])
     assert stated(figure(samples=(1.0, 1.0)), []) is None
     assert stated(quiet, drawn(MIN_RUNS)) == stated(figure(), drawn(MIN_RUNS)), "enough runs say more than rounds"
+    assert stated(figure(samples=quiet.samples, luck=0.2), []) == pytest.approx(math.expm1(3 * 0.2)), "a benchmark knows of more"
     assert is_within(quiet, [1.10])
     assert not is_within(quiet, [1.15])
 
