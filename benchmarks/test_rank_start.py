@@ -15,7 +15,9 @@ import time
 from nemo_opt.launch import run_ranks
 from nemo_opt.testing.fork_server import ForkServer
 
-COLD, WARM = 2, 10
+COLD, WARM = 3, 12
+LUCK = 0.08
+"""Relative deviation between runs, of times of 30 ms beside one of 8 s: 0.0038, 0.0045 and 0.0035 of it were seen."""
 GOAL, LIMIT = 0.03, 0.024
 
 JOB = """
@@ -90,5 +92,5 @@ def test_ranks_that_are_warm_beside_ranks_that_are_cold(benchmark, figure, ranks
     cold_s = statistics.median(times_s["cold"])
     common = {"bench": "start of two ranks", "metric": "time of a cold torchrun's", "peer": "torchrun", "peer_value": 1.0}
     for kind, case in (("pool", "warm pool"), ("server", "fork server")):
-        figure(**common, case=case, samples=[time_s / cold_s for time_s in times_s[kind]], limit=LIMIT, goal=GOAL)
+        figure(**common, case=case, samples=[time_s / cold_s for time_s in times_s[kind]], limit=LIMIT, goal=GOAL, luck=LUCK)
     figure(bench="start of two ranks", case="torchrun", metric="time", kind="time", unit="s", samples=times_s["cold"])
