@@ -5,6 +5,7 @@ pair; these set their measurement up once, then take turns with the other tree's
 machine slows both. The result of each turn is checked: a step that computes nothing is fast.
 """
 
+import itertools
 import json
 import math
 import os
@@ -46,10 +47,12 @@ def live(number, address):
     torch.manual_seed(0)
     step = globals()[PULSES[number].prepare]()
     is_first = dist.get_rank() == 0
+    cores = _one_core_a_turn() if PULSES[number].ranks == 1 else itertools.repeat(None)
     with socket.socket(socket.AF_UNIX) as connection:
         if is_first:
             connection.connect(address)
         while _is_a_turn(connection, is_first):
+            next(cores)
             _together()
             start, processor_start = time.perf_counter(), time.process_time()
             result = step()
@@ -59,6 +62,16 @@ def live(number, address):
                 raise AssertionError(f"{PULSES[number]}: computed {result}")
             if is_first:
                 connection.sendall(json.dumps({"time_s": time_s, "processor_s": processor_s, "result": result}).encode() + b"\n")
+
+
+def _one_core_a_turn():
+    """Moves this process to the next core each time, as the other tree's does, which takes the same turns: a process that is alone stays on
+    one core for its life, and that one may have the busier neighbours."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield from itertools.repeat(None)
+    for core in itertools.cycle(sorted(os.sched_getaffinity(0))):
+        os.sched_setaffinity(0, {core})
+        yield
 
 
 def _is_a_turn(connection, is_first):

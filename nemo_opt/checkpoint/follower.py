@@ -26,7 +26,7 @@ class Follower:
         self._thread.start()
 
     def entry(self) -> FileEntry | None:
-        """Size and checksum of the whole file, which is written by now; None where it cannot be read."""
+        """Size and checksum of the whole file, which is written by now; None where it cannot be read, or was read too early."""
         self._written.set()
         self._thread.join()
         return self._entry
@@ -46,6 +46,7 @@ class Follower:
                         break
                     else:
                         self._written.wait(_PAUSE_S)
+            if size == self._path.stat().st_size:  # on a remote file system what was written may be seen late
+                self._entry = FileEntry(size, digest.hexdigest())
         except OSError:
             return
-        self._entry = FileEntry(size, digest.hexdigest())
