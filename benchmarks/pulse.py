@@ -66,7 +66,7 @@ def live(number, address):
 
 def _one_core_a_turn():
     """Moves this process to the next core each time, as the other tree's does, which takes the same turns: a process that is alone stays on
-    one core for its life, and that one may have the busier neighbours."""
+    one core, and for a while that one may be the slower: by 8 % in one of four processes that were looked at."""
     if not hasattr(os, "sched_setaffinity"):
         yield from itertools.repeat(None)
     for core in itertools.cycle(sorted(os.sched_getaffinity(0))):
@@ -170,8 +170,7 @@ def loss_on_logits():
     from nemo_opt.distill.divergence import divergence
 
     generator = torch.Generator().manual_seed(0)
-    # Once is 50 ms, less than what the system's own work now and then takes. And where in memory tensors come to lie makes a loss some 3 %
-    # faster or slower for as long as the process lives, so a turn goes through several.
+    # Once is 50 ms, less than what the system's own work now and then takes. Several tensors, so that no single place in memory decides.
     pairs = [[torch.randn((512, 2, 8192), generator=generator).to("cuda") for _ in range(2)] for _ in range(5)]
     for student, _ in pairs:
         student.requires_grad_()

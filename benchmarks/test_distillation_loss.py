@@ -30,8 +30,6 @@ MEMORY_GOALS = {"ours": 1.05, "overwriting": 0.1}
 """Of one input's bytes, beside the inputs: with a fresh gradient, whose limit is its own size, and with one over the teacher's logits."""
 LUCK_TP2 = 0.08
 """Relative deviation between runs: with 2 GB on two ranks ModelOpt's turns take 0.5 to 3.3 s, ours 0.28 to 0.38 s."""
-MEMORY_GOALS_AT = 32000
-"""Tokens of vocabulary. With few, the buffers of a block (3 MB, whatever the sizes) are more than a tenth of an input."""
 COLLECTIVES_GOAL = 1
 """A call, forward and backward, where two ranks share the vocabulary."""
 
@@ -165,8 +163,7 @@ def test_loss_on_logits(benchmark, figure, ranks, vocabulary, dtype, ranks_count
     figure(**common, metric="time of ModelOpt's", **_of_peer(result["time"], modelopts), limit=limit, goal=goal, luck=luck)
     for who, words, limit in (("ours", "memory beside the inputs", 1.0), ("overwriting", "memory beside the inputs, overwriting", 0.0)):
         memory = {"kind": "memory", "unit": "inputs", "peer": modelopts, "peer_value": result["memory"]["ModelOpt"]}
-        goal = MEMORY_GOALS[who] if vocabulary == MEMORY_GOALS_AT else None
-        figure(**common, metric=words, value=result["memory"][who], **memory, limit=limit, goal=goal)
+        figure(**common, metric=words, value=result["memory"][who], **memory, limit=limit, goal=MEMORY_GOALS[who])
     if ranks_count > 1:
         count = {name: len(called) for name, called in result["collectives"].items()}
         exact = {"kind": "exact", "peer": modelopts, "peer_value": count["ModelOpt"], "limit": 1}

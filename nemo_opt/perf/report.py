@@ -78,12 +78,12 @@ class Row:
         """The judgement's, where it is a number."""
         return None if self.judged is None else _finite(self.judged.baseline)
 
-    @property
+    @cached_property
     def noise(self) -> float | None:
         """How far this run may lie from the level of those before it, as a share; None where that is not known."""
         return None if self.figure is None else stated(self.figure, self._past)
 
-    @property
+    @cached_property
     def repeats(self) -> bool | None:
         """Whether it lies so near; None where that is not known."""
         if self.figure is None or self.noise is None or not self._past:
