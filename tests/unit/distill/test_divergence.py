@@ -66,9 +66,20 @@ def test_value_and_gradient_are_those_of_the_formula(shape, kind, temperature, d
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_are_taken_in_blocks(kind, monkeypatch):
-    monkeypatch.setattr(module, "_BLOCK", 3 * 40)
+    monkeypatch.setitem(module._BLOCK, "cpu", (3 * 40, 3 * 40))
     check(*draw(5, 2, 40), kind, 1.5)
     check(*draw(1, 1, 500), kind, 1.0)  # a row is longer than a block
+
+
+@given(st.integers(0, 5000), st.integers(0, 200_000), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_buffers_of_a_block_are_small(rows, columns, dtype):
+    logits = torch.empty(rows, columns, dtype=dtype, device="meta")
+    blocks = module._blocks(logits)
+    assert [row for block in blocks for row in range(block.start, block.stop)] == list(range(rows))
+    least, most = module._BLOCK["cpu"]
+    wanted = min(max(logits.numel() * logits.element_size() / 27 / 12, least), most)
+    assert all((block.stop - block.start) * columns <= max(wanted, columns) for block in blocks)
+    assert sum((block.stop - block.start + 1) * columns <= wanted for block in blocks) <= 1, "only the last is smaller"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -167,7 +178,7 @@ def _split(kinds_and_sizes):
         own = student.detach()[..., part * dist.get_rank() :][..., :part].clone().requires_grad_()
         options = {"vocab_size": columns, "group": dist.group.WORLD}
         # several blocks of rows, none of which may be left from the pass before
-        with patch.object(dist, "all_gather", wraps=dist.all_gather) as gathers, patch.object(module, "_BLOCK", 3 * part):
+        with patch.object(dist, "all_gather", wraps=dist.all_gather) as gathers, patch.dict(module._BLOCK, cpu=(3 * part, 3 * part)):
             inputs = own, teacher[..., part * dist.get_rank() :][..., :part].clone()
             if k is None:
                 losses = divergence(*inputs, kind=kind, temperature=1.5, overwrite_teacher=True, **options)
