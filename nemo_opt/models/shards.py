@@ -59,9 +59,8 @@ def parameter_shards(chunks: Sequence[torch.nn.Module], *, of: Literal["value", 
     """
     shards = []
     for chunk in chunks:
-        model = _unwrapped(chunk)
-        parameters = {id(parameter): parameter for parameter in model.parameters()}
-        for entry in model.sharded_state_dict(metadata=dict(_LAYOUT_INDEPENDENT)).values():
+        parameters = {id(parameter): parameter for parameter in _unwrapped(chunk).parameters()}
+        for entry in _entries(chunk):
             parameter = parameters.get(id(getattr(entry, "data", None)))
             source = None if parameter is None else parameter.detach() if of == "value" else _gradient(parameter)
             if source is not None:
@@ -78,7 +77,7 @@ def quantizer_shards(chunks: Sequence[torch.nn.Module]) -> list[Shard]:
     """
     shards = []
     for chunk in chunks:
-        for entry in _unwrapped(chunk).sharded_state_dict(metadata=dict(_LAYOUT_INDEPENDENT)).values():
+        for entry in _entries(chunk):
             if isinstance(entry, ShardedTensor | ShardedTensorFactory) and "_quantizer." in entry.key:
                 shards += [_shard(part) for part in _parts(entry, entry.data.detach())]
     return sorted(shards, key=lambda shard: (shard.key, shard.offset))
@@ -154,6 +153,20 @@ def _assemble(key: str, plan: _Plan, mine: dict[tuple[str, tuple[int, ...]], Sha
 def _wire_device(mine: dict[Any, Shard]) -> torch.device:
     """Where messages must lie: where the model lies, even if this rank holds nothing of these shards."""
     return next(iter(mine.values())).tensor.device if mine else local_device()
+
+
+def _entries(chunk: Any) -> list[Any]:
+    """Of the sharded state. ModelOpt's settings, which it pickles for each module anew, are left out: a quarter of an export."""
+    model = _unwrapped(chunk)
+    picklers = [found for module in model.modules() if (found := getattr(module, "modelopt_get_extra_state_callbacks", None))]
+    kept = [list(callbacks) for callbacks in picklers]
+    try:
+        for callbacks in picklers:
+            callbacks.clear()
+        return list(model.sharded_state_dict(metadata=dict(_LAYOUT_INDEPENDENT)).values())
+    finally:
+        for callbacks, functions in zip(picklers, kept, strict=True):
+            callbacks[:] = functions
 
 
 def _unwrapped(chunk: Any) -> Any:

@@ -310,10 +310,10 @@ def _weight_error(chunks: list[Any], exported: ExportedModel | None, plan: Expor
     """The largest relative error of a weight on rank 0, layer by layer; 0 elsewhere. Collective."""
     errors = [0.0]
     layers = [f"decoder.layers.{layer}." for layer in range(get_model_config(chunks[0]).num_layers)]
+    shards = parameter_shards(chunks)  # views, which see what is written below
     for prefix in (*layers, None):
         with _fake_quantized(chunks, prefix):
-            shards = [shard for shard in parameter_shards(chunks) if shard.key.startswith(prefix or _OUTSIDE_LAYERS)]
-            for key, memory in full_tensors(shards):
+            for key, memory in full_tensors([shard for shard in shards if shard.key.startswith(prefix or _OUTSIDE_LAYERS)]):
                 if memory is not None and exported is not None and plan is not None:
                     errors += _errors(key, memory, exported, plan)
     return max(errors)

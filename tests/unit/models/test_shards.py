@@ -1,3 +1,5 @@
+from unittest.mock import Mock, patch
+
 import pytest
 import torch
 
@@ -69,6 +71,18 @@ def test_wrappers_make_no_difference(model):
     wrapped = torch.nn.Module()
     wrapped.module = model[0]
     assert [shard.key for shard in parameter_shards([wrapped])] == [shard.key for shard in parameter_shards(model)]
+
+
+def test_modelopts_settings_are_not_pickled_for_a_list_of_shards(model):
+    from modelopt.torch.opt.plugins.megatron import register_modelopt_extra_state_callbacks
+
+    pickled = Mock(return_value={"setting": 1})
+    register_modelopt_extra_state_callbacks(model[0].decoder.layers[1].mlp.linear_fc2, pickled, Mock())
+    assert any("layers.1.mlp.linear_fc2" in shard.key for shard in parameter_shards(model))
+    pickled.assert_not_called()
+    with patch.object(model[0], "sharded_state_dict", side_effect=RuntimeError), pytest.raises(RuntimeError):
+        parameter_shards(model)
+    assert model[0].state_dict()["decoder.layers.1.mlp.linear_fc2._extra_state"].numel(), "whatever happened, a checkpoint holds them"
 
 
 def test_one_rank_gathers_its_own_weights(model):
