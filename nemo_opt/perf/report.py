@@ -92,8 +92,9 @@ class Row:
 
     @property
     def _past(self) -> list[float]:
-        """Values of the runs before this one."""
-        return [point.value for point in self.points[:-1]]
+        """Values of the runs before this one, since the newest accepted level."""
+        since = max(self.levels, default=0)
+        return [point.value for point in self.points[:-1] if point.run >= since]
 
     @property
     def reason(self) -> str:

@@ -155,6 +155,13 @@ def test_runs_are_in_order_up_to_this_one():
     assert [point.run for point in one.rows[0].points] == [1, 2, 3]
 
 
+def test_a_run_repeats_the_level_that_was_accepted():
+    runs = [run(day, figure(value=value, kind="memory")) for day, value in enumerate([1.0, 1.0, 0.9, 0.9])]
+    level = accepted(figure().series, runs[2].started)
+    assert [report(*runs[:n]).repeated for n in (2, 3, 4)] == [(1, 1), (0, 1), (0, 1)]
+    assert [report(*runs[:n], levels=[level]).repeated for n in (2, 3, 4)] == [(1, 1), (0, 0), (1, 1)]
+
+
 def test_what_one_run_does_not_know_is_no_difference():
     before = run(0, environment={"torch": "2.10", "python": "3.12", "gone": "1", "threads": ""})
     after = run(1, environment={"torch": "2.11", "python": "3.12", "driver": "570", "threads": "2"})
