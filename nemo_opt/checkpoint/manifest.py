@@ -10,9 +10,11 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -24,6 +26,8 @@ MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
 CHUNK_BYTES = 8 << 20
 """Read size while hashing: large enough to keep SHA-256 busy, small beside any model."""
+MAX_FILES_AT_ONCE = 8
+"""Hashed, each on a core of its own: at 1 GB/s each, more than most disks give."""
 PROGRESS_FROM_BYTES = 1 << 30
 """A progress bar appears above this size: SHA-256 takes about 1 s a GiB, and shorter waits need none."""
 
@@ -54,21 +58,28 @@ def list_files(root: Path) -> list[str]:
 
 
 def hash_files(root: Path, names: Iterable[str], *, progress: bool = False) -> dict[str, FileEntry]:
-    """Entry of each named file below `root`, read in chunks; `progress` allows a bar on stderr when it is a terminal."""
+    """Entry of each named file below `root`, one at a time on each core; `progress` allows a bar on stderr when it is a terminal."""
     paths = {name: root / name for name in names}
     total = sum(path.stat().st_size for path in paths.values())
     visible = progress and total >= PROGRESS_FROM_BYTES and sys.stderr.isatty()
     with tqdm(total=total, unit="B", unit_scale=True, desc="checksums", disable=not visible) as bar:
-        return {name: _hash_file(path, bar) for name, path in paths.items()}
+        taking_turns = threading.Lock()
+
+        def advance(size: int) -> None:
+            with taking_turns:
+                bar.update(size)
+
+        with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MAX_FILES_AT_ONCE)) as threads:
+            return dict(zip(paths, threads.map(lambda path: _hash_file(path, advance), paths.values()), strict=True))
 
 
-def _hash_file(path: Path, bar: "tqdm[Any]") -> FileEntry:
+def _hash_file(path: Path, advance: Callable[[int], None]) -> FileEntry:
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as stream:
         while chunk := stream.read(CHUNK_BYTES):
-            digest.update(chunk)
+            digest.update(chunk)  # which lets other threads run
             size += len(chunk)
-            bar.update(len(chunk))
+            advance(len(chunk))
     return FileEntry(size, digest.hexdigest())
 
 

@@ -1,6 +1,7 @@
 import hashlib
 import io
 import json
+import threading
 
 import pytest
 from hypothesis import given, settings
@@ -36,6 +37,20 @@ def test_entries_are_sizes_and_sha256_also_across_chunks(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "CHUNK_BYTES", 7)
     (tmp_path / "f").write_bytes(b"abc" * 100)
     assert hash_files(tmp_path, ["f"]) == {"f": FileEntry(300, hashlib.sha256(b"abc" * 100).hexdigest())}
+
+
+def test_files_are_hashed_side_by_side(tmp_path, monkeypatch):
+    for name in "ab":
+        (tmp_path / name).write_bytes(name.encode())
+    monkeypatch.setattr(manifest.os, "sched_getaffinity", lambda process: {0, 1})
+    both_at_work, hash_file = threading.Barrier(2, timeout=20), manifest._hash_file
+
+    def wait_and_hash(*arguments):
+        both_at_work.wait()
+        return hash_file(*arguments)
+
+    monkeypatch.setattr(manifest, "_hash_file", wait_and_hash)
+    assert hash_files(tmp_path, ["b", "a"]) == {name: FileEntry(1, hashlib.sha256(name.encode()).hexdigest()) for name in "ba"}
 
 
 @pytest.mark.parametrize(
