@@ -156,7 +156,7 @@ def _wire_device(mine: dict[Any, Shard]) -> torch.device:
 
 
 def _entries(chunk: Any) -> list[Any]:
-    """Of the sharded state. ModelOpt's settings, which it pickles for each module anew, are left out: a quarter of an export."""
+    """Of the sharded state. ModelOpt's settings, which it pickles for each module anew, are left out: half of the time of a list."""
     model = _unwrapped(chunk)
     picklers = [found for module in model.modules() if (found := getattr(module, "modelopt_get_extra_state_callbacks", None))]
     kept = [list(callbacks) for callbacks in picklers]
